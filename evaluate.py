@@ -1,7 +1,7 @@
 """How good are a model's answers? Each row's prompt is answered and compared with its reference.
 
     python evaluate.py --model out/sft --data val.jsonl
-    torchrun --standalone --nproc_per_node=2 evaluate.py --model out/sft --data val.jsonl --extract gsm8k
+    torchrun --standalone --nproc_per_node=2 evaluate.py --model out/sft --data val.jsonl
 
 Prints a table and, last, one JSON line. Accuracy is exact match after an extraction with a name;
 the loss is that of the reference answers, in nats per token of theirs, <|end|> included.
@@ -71,17 +71,18 @@ def load_assistant(name: str, device="cpu"):
     if pad_vocab(encoding.n_vocab) != model.config.vocab_size:
         raise ValueError(
             f"{name}: the model has {model.config.vocab_size} ids, its encoding {encoding_name} "
-            f"{pad_vocab(encoding.n_vocab)} with padding; name the right `encoding` in its config.json"
+            f"{pad_vocab(encoding.n_vocab)} with padding; correct `encoding` in its config.json"
         )
     return model, encoding, template
 
 
 def cut_prompt(ids: list[int], room: int, block_size: int, where: str) -> list[int]:
-    """The end of a prompt that is too long to leave `room` tokens for the answer, with a warning."""
+    """The end of a prompt that leaves no `room` tokens for the answer, with a warning."""
     keep = max(1, block_size - room)
     if len(ids) > keep:
-        print(f"{where}: the prompt has {len(ids)} tokens, the model {block_size} places and the answer "
-              f"up to {room}; cut {len(ids) - keep} from its start", file=sys.stderr)  # fmt: skip
+        message = f"{where}: the prompt has {len(ids)} tokens, the model {block_size} places, the "
+        message += f"answer up to {room}; cut {len(ids) - keep} tokens from the prompt's start"
+        print(message, file=sys.stderr)
     return ids[-keep:]
 
 
@@ -157,14 +158,15 @@ def answer_samples(
         sums += torch.tensor([scores["right"], scores["stopped"]], device=run.device)
     if run.is_main:
         run.print(
-            f"asked  {encoding.decode(mine[0][0])!r}\n  gave {answers[0].text!r}\n  want {mine[0][1]!r}"
+            f"asked  …{encoding.decode(mine[0][0])[-80:]!r}\n"
+            f"  gave {answers[0].text[:80]!r}\n  want {mine[0][1][:80]!r}"
         )
     right, stopped = (run.sum(sums) / len(pairs)).tolist()
     return {"val_answer_accuracy": right, "val_stop_rate": stopped}
 
 
 def prompts_in(dataset: SFTDataset, encoding, n: int) -> Iterator[tuple[list[int], str]]:
-    """(prompt ids, reference answer) of the first n examples of shards, told apart by the weights."""
+    """(prompt ids, reference answer) of the first n examples, told apart by their weights."""
     for example in range(min(n, len(dataset.starts))):
         ids, weights = dataset._tokens(example, 0, int(dataset.all_lengths[example])).tolist()
         begin = next((i for i, weight in enumerate(weights) if weight), 0)
@@ -203,7 +205,7 @@ def read_questions(path: str, encoding, template: str, limit: int | None) -> lis
 
 
 def reference_batches(questions: list[dict], encoding, batch_size: int, block_size: int):
-    """The reference answers after their prompts, as micro-batches; an overlong pair loses its start."""
+    """The reference answers after their prompts; a pair that is too long loses its start."""
     for at in range(0, len(questions), batch_size):
         batch = questions[at : at + batch_size]
         answers = [q["answer"][:block_size] for q in batch]
@@ -235,7 +237,7 @@ def main(config: Config) -> None:
     how = extraction_for(questions[0]["reference"]) if config.extract == "auto" else config.extract
     for question in questions:
         if extract(question["reference"], how) is None:
-            raise ValueError(f"{question['place']}: the reference answer is not of the form {how!r}; "
+            raise ValueError(f"{question['place']}: the reference is not of the form {how!r}; "
                              "choose another --extract")  # fmt: skip
 
     # --- 2. each rank answers its share, each row once ---

@@ -1,7 +1,7 @@
 """Text corpora to shards of uint16 token ids: the data that GPT-2 is pretrained on.
 
-    python fineweb.py --out data/fineweb                                   # FineWeb-Edu from the hub
-    python fineweb.py --source a.txt b.jsonl --encoding bytes --out data/mine    # files of your own
+    python fineweb.py --out data/fineweb                                  # FineWeb-Edu from the hub
+    python fineweb.py --source a.txt b.jsonl --encoding bytes --out data/mine   # files of your own
 
 Writes OUT/train_000000.npy, … and OUT/val_000000.npy, each a flat array of ids in which every
 document ends with <|endoftext|>, and OUT/meta.json, last: a folder without it is unfinished.
@@ -148,12 +148,10 @@ def _read_txt(path: Path) -> Iterator[tuple[str, bool]]:
         with path.open(encoding="utf-8") as file:
             while block := file.read(CHUNK_CHARS):
                 text += block
-                cut = None
-                for cut in SAFE_CUT.finditer(text):
-                    pass  # the last one
+                cut = max((match.end() for match in SAFE_CUT.finditer(text)), default=0)
                 if cut:
-                    yield text[: cut.end()], False
-                    text = text[cut.end() :]
+                    yield text[:cut], False
+                    text = text[cut:]
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text (byte {error.start})") from error
     yield text, True
@@ -218,7 +216,7 @@ def check_new_folder(out: str, what: str = "shards") -> Path:
 
 
 class NewFolder:
-    """`with NewFolder(out) as tmp:` fill tmp; it becomes `out` at the end, or leaves nothing behind."""
+    """`with NewFolder(out) as tmp:` tmp becomes `out` at the end, or leaves nothing behind."""
 
     def __init__(self, out: str):
         self.out = check_new_folder(out)
@@ -245,7 +243,7 @@ def write_meta(folder: Path, meta: dict) -> None:
 
 
 def read_meta(data: str, kind: str) -> dict:
-    """The folder's meta.json, of kind `text` or `sft`. ValueError: unfinished, or of another kind."""
+    """The folder's meta.json. ValueError: unfinished, or not of this kind (`text` or `sft`)."""
     path = Path(data) / "meta.json"
     made_by = {"text": "fineweb.py", "sft": "sft_data.py"}
     if not path.is_file():

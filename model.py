@@ -308,11 +308,9 @@ class GPT(nn.Module):
 
     def hidden(self, idx: Tensor, segments: Tensor | None = None) -> Tensor:
         """(B, T) -> (B, T, C): everything but the head."""
-        B, T = idx.shape
-        if T > self.config.block_size:
-            raise ValueError(
-                f"a row of {T} tokens is longer than the model's block size {self.config.block_size}"
-            )
+        T, limit = idx.size(1), self.config.block_size
+        if T > limit:
+            raise ValueError(f"a row of {T} tokens is longer than the model's block size {limit}")
         if segments is None:
             positions, attend = torch.arange(T, device=idx.device), causal
         else:
@@ -356,7 +354,7 @@ class GPT(nn.Module):
         """Yields, a step, (row, new id) of each prompt that is still being answered.
 
         Prompts may differ in length. A row ends with a stop id, or when it fills the block size.
-        temperature 0 takes the likeliest token, and then a batch answers as each prompt would alone.
+        temperature 0 takes the likeliest token; then a batch answers as each prompt would alone.
         """
         lengths = [len(prompt) for prompt in prompts]
         if not prompts or min(lengths) == 0 or max(lengths) > self.config.block_size:
@@ -483,7 +481,7 @@ class GPT(nn.Module):
 
 
 def find_model(name: str) -> Path:
-    """The local folder with config.json that a name, hub id, checkpoint or run folder stands for."""
+    """The folder with config.json that a name, hub id, checkpoint or run folder stands for."""
     folder = Path(name).expanduser()
     if (folder / "config.json").is_file():
         return folder

@@ -138,7 +138,7 @@ def messages_of(row: dict) -> list[dict] | str:
 def render_rows(
     chunk: list[tuple[str, dict]], encoding_name: str, template: str, train_on: str
 ) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """A worker's share: (2, n) uint16 of all examples, the length of each (0: bad), what was bad."""
+    """A worker's share: (2, n) uint16 of all examples, each one's length (0: bad), what was bad."""
     encoding = get_encoding(encoding_name)
     all_ids, all_weights, lengths, bad = [], [], [], []
     for place, row in chunk:
@@ -159,7 +159,7 @@ def render_rows(
 
 
 def read_examples(config: Config, sources: Iterable[str], bad: list[str]) -> Iterator[np.ndarray]:
-    """(2, n) of each good example, in order; bad rows go to `bad`, or raise under --on_bad_row error."""
+    """(2, n) of each good example, in order; bad rows go to `bad`, or raise (--on_bad_row)."""
     rows = (row for source in sources for row in read_rows(source, config.subset))
     chunks = chunked(rows, lambda row: 1, ROWS_A_CHUNK)
     work = (config.encoding, config.template, config.train_on)
@@ -188,7 +188,7 @@ def picks_validation(fraction: float, seed: int) -> Iterator[bool]:
 
 
 class Plan:
-    """Rows as a few numbers an example; plan[i] is row i, a list of pieces (example, start, stop)."""
+    """Rows as a few numbers an example; plan[i] is a list of pieces (example, start, stop)."""
 
     def __init__(
         self, lengths, block_size, layout, seed=0, epoch=0, rows_per_step=1, drop_last=False
@@ -339,7 +339,7 @@ def plan_rows(
     rows_per_step: int = 1,
     drop_last: bool = False,
 ) -> list[list[tuple[int, int, int]]]:
-    """All rows of an epoch, each a list of pieces (example, start, stop) of at most block_size + 1 ids.
+    """All rows of an epoch: lists of pieces (example, start, stop), at most block_size + 1 ids.
 
     lengths count each example's <|endoftext|>. seed None keeps the order of the data. drop_last
     drops a short last row of `stream`. ValueError: an example too long for a whole-example layout.
@@ -455,8 +455,8 @@ class SFTDataset(Dataset):
         if len(long):
             if self.overlong == "error":
                 raise ValueError(
-                    f"example {long[0]} of {self.data} has {self.all_lengths[long[0]]} tokens, a row "
-                    f"{limit}; raise --block_size or choose --overlong truncate"
+                    f"example {long[0]} of {self.data} has {self.all_lengths[long[0]]} tokens, a "
+                    f"row {limit}; raise --block_size or choose --overlong truncate"
                 )
             dropped = [e for e in long if self.overlong == "drop" or not self._trained(e, limit)]
             self.n_dropped, self.n_truncated = len(dropped), len(long) - len(dropped)
@@ -611,7 +611,8 @@ def check_splits(config: Config, splits: dict, bad: list[str]) -> None:
         if not split["tokens"]:
             why = f"all {len(bad)} rows were bad, the first: {bad[0]}" if bad else "no rows"
             if name == "val" and not config.val_source:
-                why = f"--val_fraction {config.val_fraction} of {splits['train'].get('examples', 0)} rows"
+                n = splits["train"].get("examples", 0)
+                why = f"--val_fraction {config.val_fraction} of {n} rows"
             raise ValueError(f"the {name} split is left without rows ({why}); change --source, "
                              "--val_source or --val_fraction")  # fmt: skip
 
@@ -634,7 +635,8 @@ def report(config: Config, splits: dict, bad: list[str]) -> None:
     print("  layout       rows    fill  examples/row  truncated  dropped")
     for layout in LAYOUTS:
         laid = dataset.with_layout(layout)
-        print(f"  {layout:7} {len(laid):>9,}  {laid.fill():6.1%}  {len(laid.lengths) / len(laid):12.2f}"
+        per_row = len(laid.lengths) / len(laid)
+        print(f"  {layout:7} {len(laid):>9,}  {laid.fill():6.1%}  {per_row:12.2f}"
               f"  {laid.n_truncated:>9,}  {laid.n_dropped:>7,}")  # fmt: skip
     print(f"next: torchrun --standalone --nproc_per_node=1 train_sft.py --data {config.out} "
           "--init gpt2 --out out/sft")  # fmt: skip

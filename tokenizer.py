@@ -35,7 +35,7 @@ ALPACA = {
 
 @functools.cache
 def get_encoding(name: str) -> tiktoken.Encoding:
-    """`gpt2` (50261 ids) or `bytes` (261 ids), with the chat specials. ValueError: unknown or no file."""
+    """`gpt2` (50261 ids) or `bytes` (261). ValueError: unknown, or no vocabulary file."""
     if name == "bytes":
         ranks = {bytes([i]): i for i in range(256)}
         specials = {token: 256 + i for i, token in enumerate(SPECIALS)}
@@ -124,8 +124,8 @@ def _before_answer(messages: list[dict], template: str) -> list[tuple[str, bool,
     if template == "alpaca":
         if len(messages) != 1:
             raise ValueError(
-                f"the alpaca template takes one user message and one answer, not {len(messages) + 1} "
-                "messages or a system message; use --template chat"
+                "the alpaca template takes one user message and one answer, no system message, "
+                f"not {len(messages) + 1} messages; use --template chat"
             )
         text = ALPACA[bool(messages[0].get("input"))]
         content, extra = messages[0]["content"], messages[0].get("input") or ""
@@ -156,7 +156,7 @@ def _answer(message: dict, template: str) -> list[tuple[str, bool, int]]:
 
 
 def _encode(encoding, segments) -> tuple[list[int], list[int]]:
-    """Each segment on its own, so that no byte pair crosses the border between prompt and answer."""
+    """Each segment on its own: no byte pair crosses the border between prompt and answer."""
     ids, weights = [], []
     for text, special, percent in segments:
         new = [encoding.encode_single_token(text)] if special else encoding.encode_ordinary(text)

@@ -4,8 +4,8 @@
         --n_embd 256 --block_size 256 --batch_size 8 --rows_per_step 16 --max_steps 300
     torchrun --standalone --nproc_per_node=8 train_gpt2.py --data data/fineweb --out out/base
 
-Expect a loss near ln(vocabulary size) at the start (10.8 for gpt2, 5.8 for bytes). OUT/metrics.jsonl
-gets a line a step; OUT/step_000500 is a Hugging Face GPT-2 folder plus what `--resume` needs.
+Expect a loss near ln(vocabulary size) at the start (10.8 for gpt2, 5.8 for bytes). A step adds a
+line to OUT/metrics.jsonl; OUT/step_000500 is a Hugging Face GPT-2 folder plus what --resume needs.
 
 Everything above `main` is also the training library that train_sft.py imports: importing this file
 does nothing.
@@ -42,14 +42,14 @@ BETAS, EPS, MIN_LR_RATIO = (0.9, 0.95), 1e-8, 0.1
 
 @dataclasses.dataclass
 class Config:
-    """Pretrain GPT-2. Defaults: GPT-2 124M with the recipe of GPT-3 125M (table 2.1, appendix B)."""
+    """Pretrain GPT-2. Defaults: 124M with the recipe of GPT-3 125M (table 2.1, appendix B)."""
 
     data: str
     """folder that fineweb.py made"""
     out: str
     """folder for the checkpoints and metrics.jsonl; must not hold a run yet, unless --resume"""
     init: str = "scratch"
-    """scratch, gpt2 (-medium, -large, -xl), a hub id, or a folder: Hugging Face's or a run of ours"""
+    """scratch, gpt2 (-medium, -large, -xl), a hub id, a Hugging Face folder, or a run of ours"""
     resume: bool = False
     """go on from the newest checkpoint in --out"""
     n_layer: int = 12
@@ -177,8 +177,8 @@ class TokenRows(Dataset):
         self.unverified = set(range(len(self.shards)))
         if not len(self):
             raise ValueError(
-                f"--data {data}: the {split} split has {self.ends[-1]} tokens, a row of --block_size "
-                f"{block_size} takes {block_size + 1}; lower it"
+                f"--data {data}: the {split} split has {self.ends[-1]} tokens, a row of "
+                f"--block_size {block_size} takes {block_size + 1}; lower it"
             )
 
     def __len__(self) -> int:
@@ -217,8 +217,8 @@ class TokenRows(Dataset):
 class RankRows(Dataset):
     """This rank's rows of an epoch, from step `first_step` of it on, micro-batch by micro-batch.
 
-    Micro-batch m of a step is world_size * batch_size consecutive rows, of which each rank takes its
-    batch_size; so what is in a step does not depend on the number of ranks or the micro-batch.
+    Micro-batch m of a step is world_size * batch_size consecutive rows, of which each rank takes
+    its batch_size; what is in a step depends neither on the ranks nor on the micro-batch.
     Where an epoch's last step runs out of rows, padding rows keep all ranks in step.
     """
 
@@ -270,7 +270,7 @@ def steps_per_epoch(rows: Dataset, config: Config) -> int:
 
 
 def get_lr(step: int, n_steps: int, config: Config) -> float:
-    """Learning rate of step 0, 1, …: linear warm-up, then a cosine down to MIN_LR_RATIO of the peak.
+    """Learning rate of step 0, 1, …: linear warm-up, then a cosine to MIN_LR_RATIO of the peak.
 
     The last warm-up step has the peak, the run's last step the minimum. A warm-up longer than the
     run is clipped to it.
@@ -366,7 +366,7 @@ def evaluate(model: GPT, batches: Iterable[MicroBatch], run: Run) -> dict[str, f
 def save_checkpoint(
     out: str, step: int, model: GPT, optimizer, identity: dict, keep: int = 0, **settings
 ) -> Path:
-    """OUT/step_000500: a Hugging Face folder plus training_state.pt. It appears whole or not at all."""
+    """OUT/step_000500: a Hugging Face folder plus training_state.pt, whole or not at all."""
     folder = Path(out) / f"step_{step:06d}"
     tmp = folder.with_name(f"tmp_{folder.name}")
     shutil.rmtree(tmp, ignore_errors=True)
@@ -412,8 +412,8 @@ def check_identity(saved: dict, now: dict) -> None:
         if saved.get(key) != value:
             was, new = ("other data",) * 2 if key == "data sha256" else (saved.get(key), value)
             raise ValueError(
-                f"--resume: {key} is {new}, the run in --out has {was}; give the run's own flags, or "
-                "another --out"
+                f"--resume: {key} is {new}, the run in --out has {was}; give the run's own flags, "
+                "or another --out"
             )
 
 
@@ -444,8 +444,8 @@ def check_out(out: str) -> None:
     try:
         check_new_folder(out)
     except ValueError as error:
-        raise ValueError(f"--out {out} already holds files; --resume goes on with the run in it, or "
-                         "choose another folder") from error  # fmt: skip
+        raise ValueError(f"--out {out} already holds files; --resume goes on with the run in "
+                         "it, or choose another folder") from error  # fmt: skip
 
 
 def make_model(config: Config, run: Run, meta: dict) -> GPT:
@@ -465,13 +465,12 @@ def fit_model(model: GPT, config: Config, meta: dict) -> GPT:
     need = pad_vocab(meta["vocab_size"])
     if model.config.vocab_size != need:
         raise ValueError(
-            f"--data {config.data} has the vocabulary of {meta['encoding']} ({need} with padding), the "
-            f"model has {model.config.vocab_size}; make the data with the model's encoding"
+            f"--data {config.data} needs {need} ids ({meta['encoding']}, padded), the model has "
+            f"{model.config.vocab_size}; make the data with the model's encoding"
         )
-    if config.block_size > model.config.block_size:
-        raise ValueError(
-            f"--block_size {config.block_size} is above the model's {model.config.block_size}; lower it"
-        )
+    T, limit = config.block_size, model.config.block_size
+    if T > limit:
+        raise ValueError(f"--block_size {T} is above the model's {limit}; lower it")
     model.config.n_vocab = meta["vocab_size"]
     return model
 
@@ -618,8 +617,8 @@ def main(config: Config) -> None:
     val = None
     if "val" in rows.meta["splits"]:
         val = TokenRows(config.data, "val", config.block_size)
-        val = Subset(val, range(run.rank, min(len(val), max(1, config.eval_tokens // config.block_size)),
-                                run.world_size))  # fmt: skip
+        n_val = min(len(val), max(1, config.eval_tokens // config.block_size))
+        val = Subset(val, range(run.rank, n_val, run.world_size))
 
     # --- 3. model and optimiser; a resumed run takes both up again ---
     identity = identity_of(config, rows.meta, n_steps)
@@ -632,9 +631,9 @@ def main(config: Config) -> None:
     run.print(
         f"data   {config.data}: {rows.ends[-1]:,} tokens of {encoding.name}, {len(rows):,} rows"
     )
-    run.print(f"plan   {n_steps} steps of {config.rows_per_step} rows = "
-              f"{config.rows_per_step * config.block_size:,} tokens, {steps_per_epoch(rows, config)} "
-              f"steps an epoch, {run.world_size} process(es) on {run.device.type}")  # fmt: skip
+    per_epoch, per_step = steps_per_epoch(rows, config), config.rows_per_step * config.block_size
+    run.print(f"plan   {n_steps} steps of {config.rows_per_step} rows = {per_step:,} tokens; "
+              f"{per_epoch} steps an epoch, {run.world_size} process(es) on {run.device}")  # fmt: skip
     if steps_done >= n_steps:
         run.print(f"{config.out} is finished: step {steps_done} of {n_steps}")
         return finish(config, run)

@@ -96,8 +96,9 @@ def open_rows(config: Config, split: str) -> SFTDataset:
     limit = range(config.max_examples) if config.max_examples and split == "train" else None
     return SFTDataset(
         config.data, split, config.block_size, config.layout,
-        seed=config.seed if split == "train" else None, loss_on=config.loss_on, isolate=config.isolate,
-        rows_per_step=config.rows_per_step, overlong=config.overlong, examples=limit,
+        seed=config.seed if split == "train" else None, loss_on=config.loss_on,
+        isolate=config.isolate, rows_per_step=config.rows_per_step, overlong=config.overlong,
+        examples=limit,
     )  # fmt: skip
 
 
@@ -128,11 +129,13 @@ def main(config: Config) -> None:
     run.print(f"data   {config.data}: {examples:,} examples, {rows.lengths.sum():,} tokens of "
               f"{encoding.name}, {share:.1%} trained ({rows.n_truncated} examples truncated, "
               f"{rows.n_dropped} dropped)")  # fmt: skip
+    isolated = "isolated" if config.isolate else "not isolated"
     run.print(f"rows   {len(rows):,} of {config.block_size} tokens, layout {config.layout}, "
-              f"{rows.fill():.1%} full, {'isolated' if config.isolate else 'not isolated'}")  # fmt: skip
-    run.print(f"plan   {n_steps} steps of {config.rows_per_step} rows = about "
-              f"{rows.lengths.sum() // per_epoch:,} tokens, {examples / per_epoch:.0f} examples; "
-              f"{per_epoch} steps an epoch, {run.world_size} process(es) on {run.device.type}")  # fmt: skip
+              f"{rows.fill():.1%} full, {isolated}")  # fmt: skip
+    per_step = rows.lengths.sum() // per_epoch
+    run.print(f"plan   {n_steps} steps of {config.rows_per_step} rows = about {per_step:,} tokens, "
+              f"{examples / per_epoch:.0f} examples; {per_epoch} steps an epoch, "
+              f"{run.world_size} process(es) on {run.device.type}")  # fmt: skip
     if steps_done >= n_steps:
         run.print(f"{config.out} is finished: step {steps_done} of {n_steps}")
         return finish(config, run)
