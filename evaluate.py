@@ -22,8 +22,7 @@ from fineweb import read_rows, run_cli
 from model import GPT, IGNORE_INDEX, find_model, pad_vocab
 from sft_data import SFTDataset, messages_of, tokenize_prompt_and_output
 from tokenizer import ENCODINGS, TEMPLATES, get_encoding, render, render_prompt, stop_ids
-from train_gpt2 import MicroBatch, Run, setup_distributed
-from train_gpt2 import evaluate as token_loss
+from train_gpt2 import MicroBatch, Run, evaluate as token_loss, setup_distributed
 
 
 @dataclasses.dataclass

@@ -632,8 +632,10 @@ def main(config: Config) -> None:
         f"data   {config.data}: {rows.ends[-1]:,} tokens of {encoding.name}, {len(rows):,} rows"
     )
     per_epoch, per_step = steps_per_epoch(rows, config), config.rows_per_step * config.block_size
-    run.print(f"plan   {n_steps} steps of {config.rows_per_step} rows = {per_step:,} tokens; "
-              f"{per_epoch} steps an epoch, {run.world_size} process(es) on {run.device}")  # fmt: skip
+    run.print(
+        f"plan   {n_steps} steps of {config.rows_per_step} rows = {per_step:,} tokens; "
+        f"{per_epoch} steps an epoch, {run.world_size} process(es) on {run.device}"
+    )
     if steps_done >= n_steps:
         run.print(f"{config.out} is finished: step {steps_done} of {n_steps}")
         return finish(config, run)

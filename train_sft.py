@@ -22,8 +22,6 @@ from sft_data import SFTDataset, iterate_batches
 from tokenizer import get_encoding
 from train_gpt2 import (
     Config as PretrainingConfig,
-)
-from train_gpt2 import (
     MicroBatch,
     check_config,
     evaluate,
