@@ -81,8 +81,14 @@ def check_messages(messages: list[dict]) -> None:
     for i, message in enumerate(messages):
         if not isinstance(message, dict) or not isinstance(message.get("content"), str):
             raise ValueError(f"message {i} has no content that is a string")
-        if i == 0 and message.get("role") == "system":
+        role, extra = message.get("role"), message.get("input")
+        if i == 0 and role == "system":
             turns = messages[1:]
+        if extra is not None and (role != "user" or not isinstance(extra, str)):
+            raise ValueError(f"message {i}: `input` belongs to a user message and is a string")
+        if percent_of(message) and message.get("weight") is not None and role != "assistant":
+            raise ValueError(f"message {i}: weight {message['weight']} on a {role} message; only "
+                             "assistant messages are trained")  # fmt: skip
     for i, message in enumerate(turns, start=len(messages) - len(turns)):
         want = ("user", "assistant")[(i - len(messages) + len(turns)) % 2]
         if message.get("role") != want:
@@ -92,12 +98,6 @@ def check_messages(messages: list[dict]) -> None:
             )
         if want == "assistant" and not message["content"]:
             raise ValueError(f"message {i}: the response is empty, there is nothing to train")
-        extra = message.get("input")
-        if extra is not None and (want == "assistant" or not isinstance(extra, str)):
-            raise ValueError(f"message {i}: `input` belongs to a user message and is a string")
-        if percent_of(message) and message.get("weight") is not None and want == "user":
-            raise ValueError(f"message {i}: weight {message['weight']} on a user message; only "
-                             "assistant messages are trained")  # fmt: skip
     if not turns:
         raise ValueError("there is only a system message; add a user message")
 
