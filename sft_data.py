@@ -281,6 +281,7 @@ def pack_lengths(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.nda
 
     A new bin takes the longest length left, then the lengths left that together come nearest to
     the space left: a subset sum over the histogram, as bits of one Python integer.
+    Where first-fit-decreasing happens to need fewer bins (some tiny data sets), its bins are taken.
 
     >>> pack_lengths(np.array([5, 4, 3, 3]), 8)
     (array([5, 3, 4, 3]), array([2, 2]))
@@ -302,7 +303,24 @@ def pack_lengths(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.nda
                 del left[length]
         slots += filling * times
         sizes += [len(filling)] * times
-    return np.array(slots, dtype=np.int64), np.array(sizes, dtype=np.int64)
+    could_save = len(sizes) * capacity - lengths.sum(dtype=np.int64) >= capacity
+    fewer = could_save and _first_fit_decreasing(values, counts, capacity, len(sizes) - 1)
+    return fewer or (np.array(slots, dtype=np.int64), np.array(sizes, dtype=np.int64))
+
+
+def _first_fit_decreasing(values, counts, capacity: int, n_bins: int) -> tuple | None:
+    """The longest first, each into the first bin with room; None if `n_bins` do not suffice."""
+    space, lengths, bins = np.full(n_bins, capacity), [], []
+    for length, n in zip(values[::-1], counts[::-1]):
+        takes = space // length  # bin after bin takes what it can, until n are placed
+        takes = np.clip(n - (np.cumsum(takes) - takes), 0, takes)
+        if takes.sum() < n:
+            return None
+        space -= takes * length
+        lengths.append(np.full(n, length))
+        bins.append(np.repeat(np.arange(n_bins), takes))
+    bins = np.concatenate(bins)
+    return np.concatenate(lengths)[np.argsort(bins, kind="stable")], np.bincount(bins)
 
 
 def _subset_nearest(left: dict[int, int], space: int) -> list[int]:
