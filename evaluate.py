@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from fineweb import read_rows, run_cli
-from model import GPT, IGNORE_INDEX, find_model, pad_vocab
+from model import GPT, IGNORE_INDEX, find_model, pad_vocab, read_config
 from sft_data import SFTDataset, messages_of, tokenize_prompt_and_output
 from tokenizer import ENCODINGS, TEMPLATES, get_encoding, render, render_prompt, stop_ids
 from train_gpt2 import MicroBatch, Run, evaluate as token_loss, setup_distributed
@@ -58,7 +58,7 @@ class Answer(NamedTuple):
 
 def load_assistant(name: str, device="cpu"):
     """(model, encoding, template or None) of a checkpoint; a plain GPT-2 has no template."""
-    settings = json.loads((find_model(name) / "config.json").read_bytes())
+    settings = read_config(find_model(name))
     model = GPT.from_pretrained(name).to(device).eval()
     encoding_name = settings.get("encoding", "gpt2")
     template = settings.get("template")

@@ -357,10 +357,7 @@ class GPT(nn.Module):
         temperature 0 takes the likeliest token; then a batch answers as each prompt would alone.
         """
         lengths = [len(prompt) for prompt in prompts]
-        if not prompts or min(lengths) == 0 or max(lengths) > self.config.block_size:
-            raise ValueError(
-                f"prompts need 1 to {self.config.block_size} ids, these have {lengths}"
-            )
+        check_request(lengths, self.config.block_size, max_new_tokens, temperature, top_k, top_p)
         device = self.lm_head.weight.device
         sampler = torch.Generator(device).manual_seed(seed)
         end = min(max(lengths) + max_new_tokens, self.config.block_size)
@@ -430,8 +427,7 @@ class GPT(nn.Module):
         The vocabulary is padded to a multiple of 64; new rows start at the mean embedding.
         """
         folder = find_model(name)
-        settings = json.loads((folder / "config.json").read_bytes())
-        config = _config_of(settings, folder)
+        config = _config_of(read_config(folder), folder)
         tensors = {}
         for path in sorted(folder.glob("*.safetensors")):
             try:
@@ -480,6 +476,18 @@ class GPT(nn.Module):
         (folder / "config.json").write_text(json.dumps(settings, indent=1) + "\n")
 
 
+def check_request(lengths, block_size, max_new_tokens, temperature, top_k, top_p) -> None:
+    """ValueError for prompts and sampling that make no sense, before they become NaNs."""
+    if not lengths or min(lengths) == 0 or max(lengths) > block_size:
+        raise ValueError(f"prompts need 1 to {block_size} ids, these have {lengths}")
+    if max_new_tokens < 0 or temperature < 0:
+        raise ValueError(
+            f"max_new_tokens {max_new_tokens}, temperature {temperature}: they start at 0"
+        )
+    if (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
+        raise ValueError(f"top_k {top_k} must be at least 1, top_p {top_p} above 0 and at most 1")
+
+
 def find_model(name: str) -> Path:
     """The folder with config.json that a name, hub id, checkpoint or run folder stands for."""
     folder = Path(name).expanduser()
@@ -505,6 +513,14 @@ def newest_checkpoint(run: Path) -> Path | None:
     """RUN/step_000500 with the highest step; a folder gets that name only when it is complete."""
     steps = [path for path in Path(run).glob("step_*") if path.name[5:].isdigit()]
     return max(steps, key=lambda path: int(path.name[5:]), default=None)
+
+
+def read_config(folder: Path) -> dict:
+    """config.json of a model's folder."""
+    try:
+        return dict(json.loads((folder / "config.json").read_bytes()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{folder}/config.json: no JSON object ({error})") from error
 
 
 def _config_of(settings: dict, folder: Path) -> GPTConfig:
