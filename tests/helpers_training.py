@@ -1,0 +1,245 @@
+"""What the tests of the model and training side share: tiny models, shards made by hand, two ranks.
+
+The models here have random weights ten times GPT-2's, biases and layer norms included. A freshly
+initialised GPT-2 has logits near 0, and a tolerance of 1e-4 would let most mistakes pass.
+"""
+
+import contextlib
+import functools
+import io
+import json
+import os
+import socket
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.multiprocessing
+import torch.nn.functional as F
+from torch import Tensor
+
+import evaluate
+import train_gpt2
+import train_sft
+from fineweb import ShardWriter, write_meta
+from model import GPT, GPTConfig
+from tokenizer import get_encoding, render
+from train_gpt2 import MicroBatch, Run
+
+torch.set_num_threads(1)  # tensors this small only lose by sharing the work
+EOT = 256  # <|endoftext|> of the `bytes` encoding
+ALONE = Run(rank=0, world_size=1, device=torch.device("cpu"))
+
+
+def tiny_model(seed: int = 0, spread: float = 0.15, **sizes) -> GPT:
+    sizes = {"block_size": 32, "vocab_size": 320, "n_layer": 2, "n_head": 2, "n_embd": 32} | sizes
+    torch.manual_seed(seed)
+    model = GPT(GPTConfig(**sizes))
+    with torch.no_grad():
+        for p in model.parameters():
+            p += spread * torch.randn_like(p)
+    return model
+
+
+def save_tiny_model(folder, seed: int = 0, template: str | None = "chat", **sizes) -> Path:
+    settings = {"encoding": "bytes"} | ({"template": template} if template else {})
+    tiny_model(seed, **sizes).save_pretrained(folder, **settings)
+    return Path(folder)
+
+
+def gradients(model: GPT) -> list[Tensor]:
+    """A copy of each; a missing gradient fails here."""
+    return [p.grad.clone() for p in model.parameters()]
+
+
+def plain_loss_sum(model: GPT, x, y, weights=None, segments=None) -> Tensor:
+    """Sum of weight * nll the textbook way: all logits at once, PyTorch's cross-entropy."""
+    logits = model(x, segments=segments)  # (B, T, V)
+    nll = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none", ignore_index=-100)
+    return nll.sum() if weights is None else (nll * weights.flatten()).sum()
+
+
+# ----- shards made by hand -----------------------------------------------------------------------
+
+
+def random_examples(n: int, seed: int = 0, longest: int = 20) -> list[tuple[list, list]]:
+    """(ids, percent) of n examples of 3 to `longest` ids; the second half of each is trained."""
+    rng = np.random.default_rng(seed)
+    examples = []
+    for length in rng.integers(3, longest + 1, n):
+        ids = [*rng.integers(0, 256, length - 1).tolist(), EOT]
+        percent = np.where(np.arange(length) < length // 2, 0, rng.choice([7, 50, 100], length))
+        examples.append((ids, percent.tolist()))
+    return examples
+
+
+def sft_folder(folder, shard_tokens: int = 10**6, **splits) -> str:
+    """sft_folder(path, train=[(ids, percent), …], val=…): what sft_data.py would write."""
+    Path(folder).mkdir(parents=True)
+    entries = {}
+    for split, examples in splits.items():
+        writer = ShardWriter(Path(folder), split, shard_tokens)
+        for example in examples:
+            writer.add(np.array(example, dtype=np.uint16))
+        trained = sum(int(np.count_nonzero(percent)) for _, percent in examples)
+        entries[split] = writer.finish(examples=len(examples), trained_tokens=trained)
+    _write_meta(folder, "sft", entries, template="chat", train_on="all_turns")
+    return str(folder)
+
+
+def text_folder(folder, shard_tokens: int = 10**6, **splits) -> str:
+    """text_folder(path, train=[id, …], val=…): what fineweb.py would write."""
+    Path(folder).mkdir(parents=True)
+    entries = {}
+    for split, ids in splits.items():
+        writer = ShardWriter(Path(folder), split, shard_tokens)
+        writer.add(np.array(ids, dtype=np.uint16))
+        entries[split] = writer.finish()
+    _write_meta(folder, "text", entries)
+    return str(folder)
+
+
+def _write_meta(folder, kind: str, splits: dict, **more) -> None:
+    meta = {"kind": kind, "encoding": "bytes", "vocab_size": 261, "source": [], **more}
+    write_meta(Path(folder), meta | {"splits": splits})
+
+
+def chat_example(question: str, answer: str) -> tuple[list[int], list[int]]:
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return render(get_encoding("bytes"), messages)
+
+
+# ----- whole runs of main(Config), and what is left of them --------------------------------------
+
+TINY = {"device": "cpu", "init": "scratch", "n_layer": 1, "n_head": 2, "n_embd": 16,
+        "block_size": 16, "batch_size": 2, "rows_per_step": 4, "warmup_steps": 2,
+        "learning_rate": 1e-2, "eval_every": 3, "save_every": 2}  # fmt: skip
+
+
+def quietly(main, config) -> str:
+    """Run main(config); what it printed."""
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        main(config)
+    return out.getvalue()
+
+
+def pretrain(data, out, **flags) -> str:
+    return quietly(train_gpt2.main, train_gpt2.Config(str(data), str(out), **(TINY | flags)))
+
+
+def fine_tune(data, out, **flags) -> str:
+    return quietly(train_sft.main, train_sft.Config(str(data), str(out), **(TINY | flags)))
+
+
+def metrics(out) -> list[dict]:
+    """metrics.jsonl without the two keys that tell the time."""
+    rows = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in ("dt", "tokens_per_s")} for row in rows]
+
+
+def weights_of(out) -> list[Tensor]:
+    return list(GPT.from_pretrained(str(out)).parameters())
+
+
+# ----- one step, its gradient kept ---------------------------------------------------------------
+
+
+class KeepGradients(torch.optim.SGD):
+    """In place of an optimiser: a step keeps the gradients and changes nothing."""
+
+    def step(self):
+        self.kept = [p.grad.clone() for group in self.param_groups for p in group["params"]]
+
+
+def step_gradients(model, micro_batches, run=ALONE, forward=train_sft.forward_sft):
+    """(metrics, gradients) of train_gpt2.train_step."""
+    optimizer = KeepGradients(model.parameters(), lr=0.0)
+    row = train_gpt2.train_step(model, optimizer, micro_batches, 0.0, 0.0, run, forward)
+    return row, optimizer.kept
+
+
+def pick(batch: MicroBatch, *rows: int) -> MicroBatch:
+    """Some rows of a micro-batch as a micro-batch."""
+    fields = (t if t is None else t[list(rows)] for t in batch[:4])
+    part = MicroBatch(*fields)
+    return part._replace(n_tokens=int((part.segments >= 0).sum()))
+
+
+def step_cases() -> dict[str, MicroBatch]:
+    """Four rows of unequal lengths, with weights of 7, 50 and 100 %, two examples in a row."""
+    T, random = 12, torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 256, (4, T + 1), generator=random)
+    percent = torch.tensor([0, 7, 50, 100])[torch.randint(0, 4, (4, T), generator=random)]
+    segments = (torch.arange(T) >= 5).long().expand(4, T).clone()
+    for row, n in enumerate((12, 11, 8, 3)):  # places that are no padding
+        percent[row, n:], segments[row, n:] = 0, -1
+    silent = {
+        "weights of 7, 50 and 100 %": [],
+        "a row without a trained token": [1],
+        "a rank without a trained token": [2, 3],
+        "a short last batch": [3],
+        "no trained token at all": [0, 1, 2, 3],
+    }
+    cases = {}
+    for name, rows in silent.items():
+        case, seen = percent.clone(), segments.clone()
+        case[rows] = 0
+        if name == "a short last batch":
+            seen[rows] = -1
+        y = ids[:, 1:].masked_fill(case == 0, -100)
+        cases[name] = pick(MicroBatch(ids[:, :-1], y, case / 100, seen), 0, 1, 2, 3)
+    return cases
+
+
+# ----- two ranks over Gloo, started once for all that they are asked -----------------------------
+
+
+@functools.cache
+def two_ranks() -> Path:
+    """A folder with what two processes made of `step_cases`, two training runs and evaluate."""
+    folder = Path(tempfile.mkdtemp(prefix="nanosft_two_ranks_"))
+    sft_folder(folder / "sft", train=random_examples(23), val=random_examples(5, seed=1))
+    ids = np.random.default_rng(2).integers(0, 257, 16 * 11 + 5).tolist()
+    text_folder(folder / "text", train=ids, val=ids[:70])
+    save_tiny_model(folder / "model", block_size=64)
+    rows = [{"prompt": f"{i}+{i}=", "response": f"{2 * i}"} for i in range(7)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(_rank, args=(port, folder), nprocs=2)
+    return folder
+
+
+def evaluate_both(folder: Path, save: str) -> str:
+    """What evaluate.py prints; 7 rows, so that two ranks have unequal shares."""
+    config = evaluate.Config(str(folder / "model"), str(folder / "rows.jsonl"), device="cpu",
+                             max_new_tokens=8, batch_size=3, save=str(folder / save))  # fmt: skip
+    return quietly(evaluate.main, config)
+
+
+def _rank(rank: int, port: int, folder: Path) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
+    torch.set_num_threads(1)
+    run = train_gpt2.setup_distributed("cpu")
+    torch.distributed.destroy_process_group = lambda: None  # each main below would end the group
+    model = torch.nn.parallel.DistributedDataParallel(tiny_model())
+    found = {}
+    for name, batch in step_cases().items():
+        mine = pick(batch, 2 * rank, 2 * rank + 1)
+        found[name] = step_gradients(model, [mine], run)
+        one_by_one = [pick(batch, rank), pick(batch, 2 + rank)]
+        found[name, "one by one"] = step_gradients(model, one_by_one, run)
+
+    def round_the_wrapper(model, *batch):
+        return train_sft.forward_sft(model.module, *batch)
+
+    batch = pick(step_cases()["weights of 7, 50 and 100 %"], 2 * rank, 2 * rank + 1)
+    found["round the wrapper"] = step_gradients(model, [batch], run, round_the_wrapper)
+    torch.save(found, folder / f"rank_{rank}.pt")
+
+    fine_tune(folder / "sft", folder / "out_sft", epochs=2, batch_size=1)
+    pretrain(folder / "text", folder / "out_text", epochs=2)
+    (folder / f"evaluate_{rank}.txt").write_text(evaluate_both(folder, "answers_2.jsonl"))
