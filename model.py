@@ -91,6 +91,7 @@ class Looped:
     def __init__(self, lengths: list[int]):
         self.lengths = lengths  # of the segments, row after row, padding included
 
+    @torch.compiler.disable  # its lengths differ from step to step
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         B, H, T, D = q.shape
         # (B, H, T, D) -> (1, H, B*T, D) -> one (1, H, length, D) per example
@@ -128,7 +129,7 @@ def isolate(segments: Tensor):
     positions = column - torch.where(starts, column, 0).cummax(dim=1).values
     if segments.is_cuda and torch.is_autocast_enabled("cuda"):
         return positions, Varlen(starts)
-    if segments.device.type == "cpu" and not torch.compiler.is_compiling():
+    if segments.device.type == "cpu":
         begin = starts.flatten().nonzero().flatten()
         lengths = torch.diff(begin, append=torch.tensor([B * T])).tolist()
         if len(lengths) * LOOP_FROM <= B * T:
@@ -297,11 +298,9 @@ class GPT(nn.Module):
         x = self.hidden(idx, segments)  # (B, T, C)
         if targets is None:
             return self.lm_head(x)
-        counts = targets != IGNORE_INDEX
-        x, targets = x[counts], targets[counts]  # (N, C), (N,)
-        weights = (
-            torch.ones_like(targets, dtype=torch.float32) if weights is None else weights[counts]
-        )
+        at = (targets.flatten() != IGNORE_INDEX).nonzero()[:, 0]  # (N,)
+        x, targets = x.flatten(0, 1).index_select(0, at), targets.flatten()[at]  # (N, C), (N,)
+        weights = x.new_ones(len(at)) if weights is None else weights.flatten()[at]
         return SummedCrossEntropy.apply(
             x, self.lm_head.weight, targets, weights, torch.is_grad_enabled()
         )
