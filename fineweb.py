@@ -84,14 +84,14 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, dict]]:
             if line.strip():
                 try:
                     yield f"{path} line {number}", json.loads(line)
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     raise ValueError(f"{path} line {number}: not JSON ({error})") from error
 
 
 def _read_json(path: Path) -> Iterator[tuple[str, dict]]:
     try:
         rows = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON ({error}); one object a line needs .jsonl") from error
     if not isinstance(rows, list):
         raise ValueError(f"{path}: a list of rows belongs at the top, not a {type(rows).__name__}")
@@ -147,13 +147,14 @@ def _read_txt(path: Path) -> Iterator[tuple[str, bool]]:
     try:
         with path.open(encoding="utf-8") as file:
             while block := file.read(CHUNK_CHARS):
+                new = max(0, len(text) - 1)  # no cut lies before it
                 text += block
-                cut = max((match.end() for match in SAFE_CUT.finditer(text)), default=0)
+                cut = max((match.end() for match in SAFE_CUT.finditer(text, new)), default=0)
                 if cut:
                     yield text[:cut], False
                     text = text[cut:]
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text (byte {error.start})") from error
+        raise ValueError(f"{path}: not UTF-8 text ({error.reason})") from error
     yield text, True
 
 
@@ -249,9 +250,12 @@ def read_meta(data: str, kind: str) -> dict:
     if not path.is_file():
         state = "is unfinished (no meta.json)" if Path(data).is_dir() else "does not exist"
         raise ValueError(f"--data {data} {state}; make it with {made_by[kind]}")
-    meta = json.loads(path.read_bytes())
-    if meta["version"] != FORMAT_VERSION:
-        raise ValueError(f"{path}: format version {meta['version']}, expected {FORMAT_VERSION}")
+    try:
+        meta = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path}: damaged, not JSON ({error}); remake the data") from error
+    if (version := meta.get("version")) != FORMAT_VERSION:
+        raise ValueError(f"{path}: format version {version}, expected {FORMAT_VERSION}")
     if meta["kind"] != kind:
         raise ValueError(
             f"--data {data} was made by {made_by.get(meta['kind'])}; {made_by[kind]}'s is needed"
@@ -268,7 +272,7 @@ def open_shards(data: str, meta: dict, split: str) -> list[np.ndarray]:
         path = Path(data) / shard["file"]
         try:
             ids = np.load(path, mmap_mode="r")
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, EOFError) as error:
             raise ValueError(
                 f"{path}: missing, truncated or no .npy ({error}); remake it"
             ) from error
@@ -341,6 +345,14 @@ def encode_texts(chunk: list[tuple[str, bool]], encoding_name: str) -> np.ndarra
     return np.array(ids, dtype=np.uint16)
 
 
+def first_tokens(pieces: Iterator[np.ndarray], limit: int) -> Iterator[np.ndarray]:
+    for piece in pieces:
+        yield piece[:limit]
+        limit -= len(piece)
+        if limit <= 0:
+            return
+
+
 def split_off(pieces: Iterator[np.ndarray], val_tokens: int, eot: int) -> tuple:
     """(validation ids, an iterator over the rest): the first val_tokens, at most a tenth of all."""
     head, size = [], 0
@@ -368,7 +380,7 @@ def run_cli(main: Callable, config_class: type) -> None:
 
     try:
         main(tyro.cli(config_class, config=(tyro.conf.OmitArgPrefixes,), use_underscores=True))
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 
@@ -376,26 +388,24 @@ def run_cli(main: Callable, config_class: type) -> None:
 def main(config: Config) -> None:
     from tqdm import tqdm
 
-    if min(config.shard_tokens, config.workers) < 1 or config.val_tokens < 0:
-        raise ValueError("--shard_tokens and --workers start at 1, --val_tokens at 0")
+    limit = sys.maxsize if config.max_tokens is None else config.max_tokens
+    if min(config.shard_tokens, config.workers, limit) < 1 or config.val_tokens < 0:
+        raise ValueError("--shard_tokens, --workers and --max_tokens start at 1, --val_tokens at 0")
     encoding = get_encoding(config.encoding)
     with NewFolder(config.out) as folder:
         texts = read_texts(config.source, config.subset)
         chunks = chunked(texts, lambda item: len(item[0]), CHUNK_CHARS)
         pieces = ordered_map(encode_texts, chunks, config.workers, config.encoding)
+        pieces = first_tokens(pieces, limit)
         val, train = split_off(pieces, config.val_tokens, encoding.eot_token)
 
         splits = {}
         for split, part in (("val", iter([val])), ("train", train)):
             writer = ShardWriter(folder, split, config.shard_tokens)
-            left = config.max_tokens or sys.maxsize
             bar = tqdm(desc=split, unit="tok", unit_scale=True, disable=None)  # None: no terminal
             for piece in part:
-                writer.add(piece[:left])
-                bar.update(len(piece[:left]))
-                left -= len(piece)
-                if left <= 0:
-                    break
+                writer.add(piece)
+                bar.update(len(piece))
             bar.close()
             entry = writer.finish()
             if entry["tokens"]:

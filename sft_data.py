@@ -114,7 +114,7 @@ def messages_of(row: dict) -> list[dict] | str:
             raise ValueError("`conversations` is no list of {from, value}")
         return [
             {
-                "role": SHAREGPT_ROLES.get(turn.get("from"), turn.get("from")),
+                "role": SHAREGPT_ROLES.get(str(turn.get("from")), turn.get("from")),
                 "content": turn.get("value"),
             }
             for turn in turns
@@ -577,7 +577,8 @@ def prepare(config: Config) -> None:
     """--source to shards, meta.json and a report."""
     if not 0 <= config.val_fraction < 1:
         raise ValueError(f"--val_fraction {config.val_fraction}: it must be at least 0 and below 1")
-    if min(config.workers, config.shard_tokens, config.block_size) < 1 or config.max_examples == 0:
+    limit = sys.maxsize if config.max_examples is None else config.max_examples
+    if min(config.workers, config.shard_tokens, config.block_size, limit) < 1:
         raise ValueError("--workers, --shard_tokens, --block_size and --max_examples start at 1")
     encoding = get_encoding(config.encoding)
     bad, val_bad = [], []
@@ -652,7 +653,11 @@ def report(config: Config, splits: dict, bad: list[str]) -> None:
     print(f"rows of --block_size {config.block_size}:")
     print("  layout       rows    fill  examples/row  truncated  dropped")
     for layout in LAYOUTS:
-        laid = dataset.with_layout(layout)
+        try:
+            laid = dataset.with_layout(layout)
+        except ValueError:  # the shards are good: another block size may fit
+            print(f"  {layout:7} no example has a trained token within --block_size")
+            continue
         per_row = len(laid.lengths) / len(laid)
         print(f"  {layout:7} {len(laid):>9,}  {laid.fill():6.1%}  {per_row:12.2f}"
               f"  {laid.n_truncated:>9,}  {laid.n_dropped:>7,}")  # fmt: skip

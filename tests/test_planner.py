@@ -68,7 +68,7 @@ def test_fit_fills_two_rows_where_first_fit_decreasing_needs_three():
 
 
 def test_where_first_fit_decreasing_is_better_its_rows_are_taken():
-    """Filling each row to the brim can use up the short examples too soon: eight rows, not seven."""
+    """Filling each row to the brim can use up the short examples too soon: 8 rows, not 7."""
     lengths = [2, 5, 6, 8, 15, 17, 20, 22, 22, 23, 23, 24, 25, 25, 26, 27, 27, 27, 28, 28]
     assert first_fit_decreasing(lengths, 61) == 7
     assert len(plan_rows(lengths, 60, "fit")) == 7
