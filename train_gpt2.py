@@ -159,7 +159,8 @@ class MicroBatch(NamedTuple):
         """The sum of the targets' weights in whole percent: integers add up alike in any order."""
         if self.weights is None:
             return 100 * int((self.y != IGNORE_INDEX).sum())
-        return int((self.weights * 100).round().sum(dtype=torch.float64))
+        percent = (self.weights[self.y != IGNORE_INDEX] * 100).round()
+        return int(percent.sum(dtype=torch.float64))
 
 
 class TokenRows(Dataset):
