@@ -253,23 +253,14 @@ def test_a_failure_halfway_leaves_nothing_behind(jsonl, tmp_path, command):
     """Shards of one token were on the disk already when the third row turned out to be bad."""
     source = jsonl("a.jsonl", [{"text": "a"}, {"text": "b"}, {"texte": "c"}])
     for workers in (1, 2):
-        flags = (
-            "--encoding",
-            "bytes",
-            "--shard_tokens",
-            1,
-            "--val_tokens",
-            0,
-            "--workers",
-            workers,
-        )
+        flags = ["--encoding", "bytes", "--shard_tokens", 1, "--val_tokens", 0]
+        flags += ["--workers", workers, "--out", tmp_path / "out"]
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(fineweb, "CHUNK_CHARS", 1)
-            result = command(fineweb, "--source", source, "--out", tmp_path / "out", *flags)
+            result = command(fineweb, "--source", source, *flags)
         assert result.code == 2
-        assert (
-            result.err == f"error: {source} line 3: no `text` that is a string (found: ['texte'])\n"
-        )
+        reason = "no `text` that is a string (found: ['texte'])"
+        assert result.err == f"error: {source} line 3: {reason}\n"
         assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
 
 
