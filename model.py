@@ -508,10 +508,14 @@ def find_model(name: str) -> Path:
         ) from error
 
 
-def newest_checkpoint(run: Path) -> Path | None:
-    """RUN/step_000500 with the highest step; a folder gets that name only when it is complete."""
+def checkpoints(run: Path) -> list[Path]:
+    """RUN/step_000500, … by step; a folder gets such a name only when it is complete."""
     steps = [path for path in Path(run).glob("step_*") if path.name[5:].isdigit()]
-    return max(steps, key=lambda path: int(path.name[5:]), default=None)
+    return sorted(steps, key=lambda path: int(path.name[5:]))
+
+
+def newest_checkpoint(run: Path) -> Path | None:
+    return next(reversed(checkpoints(run)), None)
 
 
 def read_config(folder: Path) -> dict:

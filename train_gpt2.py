@@ -33,7 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from fineweb import check_new_folder, open_shards, read_meta, run_cli, verify_shard
-from model import GPT, IGNORE_INDEX, GPTConfig, newest_checkpoint, pad_vocab
+from model import GPT, IGNORE_INDEX, GPTConfig, checkpoints, newest_checkpoint, pad_vocab
 from tokenizer import get_encoding
 
 # Source: GPT-3 (Brown et al. 2020), appendix B; the rest of its recipe stands in Config
@@ -346,7 +346,8 @@ def train_step(
 @torch.no_grad()
 def evaluate(model: GPT, batches: Iterable[MicroBatch], run: Run) -> dict[str, float]:
     """val_loss in nats and val_accuracy per trained token, over the batches of all ranks."""
-    sums = torch.zeros(4, dtype=torch.float64, device=run.device)  # loss, weight, hits, targets
+    dtype = torch.float32 if run.device.type == "mps" else torch.float64  # mps has no float64
+    sums = torch.zeros(4, dtype=dtype, device=run.device)  # loss, weight, hits, targets
     for batch in batches:
         x, y, weights, segments, _ = batch.to(run.device)
         counted = y != IGNORE_INDEX
@@ -381,7 +382,7 @@ def save_checkpoint(
     shutil.rmtree(folder, ignore_errors=True)
     tmp.rename(folder)
     if keep:
-        for old in sorted(Path(out).glob("step_*"), key=lambda path: int(path.name[5:]))[:-keep]:
+        for old in checkpoints(Path(out))[:-keep]:
             shutil.rmtree(old)
     return folder
 
@@ -423,11 +424,13 @@ def check_identity(saved: dict, now: dict) -> None:
 
 def check_config(config: Config, run: Run) -> None:
     """ValueError for flags that do not go together, before anything is loaded or written."""
-    for name in ("batch_size", "rows_per_step", "block_size", "epochs", "n_layer", "n_head"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"--{name} {getattr(config, name)}: it must be at least 1")
-    if config.max_steps is not None and config.max_steps < 1:
-        raise ValueError(f"--max_steps {config.max_steps}: it must be at least 1")
+    at_least = dict.fromkeys(("batch_size", "rows_per_step", "block_size", "epochs", "max_steps",
+                              "n_layer", "n_head", "n_embd", "log_every"), 1)  # fmt: skip
+    at_least |= dict.fromkeys(("warmup_steps", "eval_every", "save_every", "keep"), 0)
+    for name, least in at_least.items():
+        value = getattr(config, name)
+        if value is not None and value < least:
+            raise ValueError(f"--{name} {value}: it must be at least {least}")
     at_once = config.batch_size * run.world_size
     if config.rows_per_step % at_once:
         raise ValueError(
