@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from helpers_training import (
     ALONE,
+    assert_weights_close,
     fine_tune,
     gradients,
     metrics,
@@ -25,7 +26,6 @@ from helpers_training import (
     text_folder,
     tiny_model,
     two_ranks,
-    weights_of,
 )
 from torch.utils.data import DataLoader
 
@@ -108,7 +108,7 @@ def test_a_whole_run_on_two_ranks_is_the_run_on_one(name, run, tmp_path):
     for a, b in zip(alone, both):
         for key in a:
             assert a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-6), key
-    assert_same(weights_of(tmp_path / "out"), weights_of(folder / f"out_{name}"), 1e-4)
+    assert_weights_close(tmp_path / "out", folder / f"out_{name}")
 
 
 def fixed_nll_model(nll: list[float]):
