@@ -300,7 +300,7 @@ class GPT(nn.Module):
             return self.lm_head(x)
         at = (targets.flatten() != IGNORE_INDEX).nonzero()[:, 0]  # (N,)
         x, targets = x.flatten(0, 1).index_select(0, at), targets.flatten()[at]  # (N, C), (N,)
-        weights = x.new_ones(len(at)) if weights is None else weights.flatten()[at]
+        weights = torch.ones(len(at), device=x.device) if weights is None else weights.flatten()[at]
         return SummedCrossEntropy.apply(
             x, self.lm_head.weight, targets, weights, torch.is_grad_enabled()
         )
@@ -357,21 +357,9 @@ class GPT(nn.Module):
         """
         lengths = [len(prompt) for prompt in prompts]
         check_request(lengths, self.config.block_size, max_new_tokens, temperature, top_k, top_p)
-        device = self.lm_head.weight.device
-        sampler = torch.Generator(device).manual_seed(seed)
+        sampler = torch.Generator(self.lm_head.weight.device).manual_seed(seed)
         end = min(max(lengths) + max_new_tokens, self.config.block_size)
-        caches = [
-            Cached(len(prompts), end, self.config, self.lm_head.weight)
-            for _ in range(self.config.n_layer)
-        ]
-        # Prefill, right-padded: under a causal mask no prompt sees its padding, and each new token
-        # overwrites one padding key before any later token could look at it.
-        idx = torch.zeros(len(prompts), max(lengths), dtype=torch.long)
-        for row, prompt in enumerate(prompts):
-            idx[row, : len(prompt)] = torch.as_tensor(prompt)
-        x = self._blocks(idx.to(device), torch.arange(max(lengths), device=device), caches)
-        x = x[torch.arange(len(prompts)), torch.tensor(lengths) - 1]  # (B, C) at each prompt's end
-
+        x, caches = self._prefill(prompts, end)  # (B, C)
         rows, budgets = list(range(len(prompts))), [max_new_tokens] * len(prompts)
         while True:
             alive = [i for i, (n, left) in enumerate(zip(lengths, budgets))
@@ -379,7 +367,7 @@ class GPT(nn.Module):
             if not alive:
                 return
             if len(alive) < len(rows):  # go on with the unfinished rows only
-                keep = torch.tensor(alive, device=device)
+                keep = torch.tensor(alive, device=x.device)
                 x = x[keep]
                 for cache in caches:
                     cache.keep(keep)
@@ -391,6 +379,23 @@ class GPT(nn.Module):
             if any(budgets):
                 x = self._decode(tokens, lengths, caches)
             lengths = [n + 1 for n in lengths]
+
+    def _prefill(self, prompts: Sequence[Sequence[int]], end: int) -> tuple[Tensor, list[Cached]]:
+        """(B, C) at the last token of each prompt, and the caches with room for `end` tokens.
+
+        Prompts are padded on the right: under a causal mask none sees its padding, and each new
+        token overwrites one padding key before any later token could look at it.
+        """
+        device, lengths = self.lm_head.weight.device, [len(prompt) for prompt in prompts]
+        caches = [
+            Cached(len(prompts), end, self.config, self.lm_head.weight)
+            for _ in range(self.config.n_layer)
+        ]
+        idx = torch.zeros(len(prompts), max(lengths), dtype=torch.long)
+        for row, prompt in enumerate(prompts):
+            idx[row, : len(prompt)] = torch.as_tensor(prompt)
+        x = self._blocks(idx.to(device), torch.arange(max(lengths), device=device), caches)
+        return x[torch.arange(len(prompts)), torch.tensor(lengths) - 1], caches
 
     def _decode(self, tokens: Tensor, lengths: list[int], caches: list[Cached]) -> Tensor:
         """One more token a row, (B,), at position lengths[row] -> (B, C)."""

@@ -299,6 +299,15 @@ def forward_text(model, x, y, weights=None, segments=None) -> tuple[Tensor, int]
     return model(x, y), (y != IGNORE_INDEX).sum()
 
 
+def count_step(micro_batches: list[MicroBatch], run: Run) -> Tensor:
+    """(3,) int64 over all ranks: the targets' weight in percent, tokens, trained tokens."""
+    counts = torch.zeros(3, dtype=torch.int64)
+    for batch in micro_batches:
+        trained = int((batch.y != IGNORE_INDEX).sum())
+        counts += torch.tensor([batch.weight_percent(), batch.n_tokens, trained])
+    return run.sum(counts.to(run.device))
+
+
 def train_step(
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -313,11 +322,7 @@ def train_step(
     The mean is over the whole step, so its divisor must be known before the first backward pass:
     dividing each micro-batch by its own count would give a token in a short answer more say.
     """
-    counts = [0, 0, 0]  # weight in percent, tokens, trained tokens
-    for batch in micro_batches:
-        trained = int((batch.y != IGNORE_INDEX).sum())
-        counts = [a + b for a, b in zip(counts, (batch.weight_percent(), batch.n_tokens, trained))]
-    counts = run.sum(torch.tensor(counts, device=run.device))
+    counts = count_step(micro_batches, run)
     total_weight = torch.where(counts[0] > 0, counts[0] / 100, 1.0)
 
     loss = torch.zeros((), device=run.device)
@@ -536,8 +541,7 @@ def train(
     save: Callable[[int], None],
 ) -> None:
     """The loop, from step span.start to span.stop: step, log, evaluate, save."""
-    log = open_metrics(config.out, span.start) if run.is_main else None
-    n_steps, clock = span.stop, time.perf_counter()
+    log, n_steps, clock = None, span.stop, time.perf_counter()
     for step in progress(span, run, n_steps):
         lr = get_lr(step, n_steps, config)
         row = {"step": step + 1}
@@ -549,7 +553,8 @@ def train(
         final = step + 1 == n_steps
         if final or (config.eval_every and (step + 1) % config.eval_every == 0):
             row |= assess()
-        if log:
+        if run.is_main:  # opened only now: a run that cannot start leaves no folder behind
+            log = log or open_metrics(config.out, span.start)
             log.write(json.dumps(row) + "\n")
             if (
                 final
@@ -622,6 +627,7 @@ def main(config: Config) -> None:
     if "val" in rows.meta["splits"]:
         val = TokenRows(config.data, "val", config.block_size)
         n_val = min(len(val), max(1, config.eval_tokens // config.block_size))
+        val.verify(0, n_val - 1)
         val = Subset(val, range(run.rank, n_val, run.world_size))
 
     # --- 3. model and optimiser; a resumed run takes both up again ---

@@ -85,7 +85,7 @@ def padded(text: str, width: int) -> str:
 def open_rows(config: Config, layout: str, examples: Sequence[int] | None = None) -> SFTDataset:
     """The trainer's rows; examples: only those, laid out without the others."""
     return SFTDataset(
-        config.data, config.split, config.block_size, layout, seed=config.seed,
+        config.data, config.split, config.block_size, layout, seed=config.seed if config.split == "train" else None,
         loss_on=config.loss_on, isolate=config.isolate, examples=examples,
     )  # fmt: skip
 
