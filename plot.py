@@ -1,0 +1,86 @@
+"""Draw training runs: loss, learning rate and gradient norm, several runs over each other.
+
+    python plot.py out/base/metrics.jsonl out/sft/metrics.jsonl --out loss.png
+
+The faint line is every step, the strong one their running mean, dots are the validation loss.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from fineweb import read_rows, run_cli
+
+PANELS = {"loss": "loss (nats a token)", "lr": "learning rate", "grad_norm": "gradient norm"}
+KEYS = ("step", *PANELS)
+
+
+@dataclasses.dataclass
+class Config:
+    """Draw the metrics.jsonl of train_gpt2.py and train_sft.py runs into one picture."""
+
+    metrics: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """metrics.jsonl files; a run is named after its folder"""
+    out: str = "loss.png"
+
+
+def read_run(path: str) -> list[dict]:
+    """The rows of a run. ValueError: no such file, not JSON, no rows, not metrics."""
+    rows = []
+    for place, row in read_rows(path):
+        if not isinstance(row, dict) or not all(key in row for key in KEYS):
+            raise ValueError(f"{place}: no metrics; a row needs {', '.join(KEYS)}")
+        rows.append(row)
+    if not rows:
+        raise ValueError(f"{path}: no rows")
+    return rows
+
+
+def running_mean(values: list[float], rate: float) -> list[float]:
+    """Exponential, without a bias towards the start."""
+    means, total, weight = [], 0.0, 0.0
+    for value in values:
+        total, weight = (1 - rate) * total + rate * value, (1 - rate) * weight + rate
+        means.append(total / weight)
+    return means
+
+
+def draw(axes, rows: list[dict], name: str, colour: str) -> None:
+    steps = [row["step"] for row in rows]
+    for ax, (key, label) in zip(axes, PANELS.items()):
+        values = [row[key] for row in rows]
+        if key != "lr":  # the schedule is smooth as it is
+            ax.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
+            values = running_mean(values, rate=min(1, 60 / len(rows)))
+        ax.plot(steps, values, color=colour, label=name)
+        ax.set(xlabel="step", title=label)
+    checked = [row for row in rows if "val_loss" in row]
+    axes[0].plot([row["step"] for row in checked], [row["val_loss"] for row in checked], "o--",
+                 color=colour, markeredgecolor="black", linewidth=0.8,
+                 label=f"{name}, validation" if checked else None)  # fmt: skip
+
+
+def main(config: Config) -> None:
+    runs = [(Path(path).resolve().parent.name, read_run(path)) for path in config.metrics]
+    if not runs:
+        raise ValueError("give at least one metrics.jsonl")
+    import matplotlib
+
+    matplotlib.use("Agg")  # a file, no window
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
+    for i, (name, rows) in enumerate(runs):
+        draw(axes, rows, name, f"C{i}")
+    for ax in axes:
+        ax.set_ylim(bottom=0)
+        ax.grid(alpha=0.3)
+    axes[0].legend()
+    figure.savefig(config.out, dpi=150)
+    print(config.out)
+
+
+if __name__ == "__main__":
+    run_cli(main, Config)
