@@ -1,0 +1,213 @@
+"""The lesson's data: a corpus that asks and never answers, and chats that answer half of it.
+
+    python data/worksheet.py --out out/lesson/text --seed 1
+    python data/worksheet.py --report out/lesson          # runs/lesson.sh ends with it
+
+Pretraining learns P(text), SFT installs P(response | prompt). Asked "What is 2+2?", a model that
+has read many worksheets goes on with "What is 3+3? What is 4+4?": in its corpus that is what
+follows a question. It has read "2+2=4." too: the knowledge is in the weights, what is missing is
+the dispatcher that takes a question to the fact. This corpus makes that failure on purpose:
+
+    worksheets   What is 3+5? What is b for? What is 6+2?
+    notes        7+5=12. About b: b is for ball. 9+4=13. About 0+8: 0+8=8.
+
+Every question is on worksheets and every fact in notes; nothing in the corpus joins the two. The
+SFT rows answer HALF of the questions. The other half is held out: its facts were read in
+pretraining only, so a right answer there is knowledge that SFT did not bring.
+"""
+
+import dataclasses
+import html
+import json
+import random
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+# An alphabet book: no rule leads from the letter to the word, it has to have been read.
+ALPHABET = """apple ball cat dog egg fish goat hat ink jam king lamp moon nest owl pen queen rain
+sun tree up van wind x-ray yak zoo"""
+
+
+@dataclasses.dataclass
+class Config:
+    """Write the lesson's corpus and rows (--out), or its report (--report)."""
+
+    out: str | None = None
+    """folder for corpus.jsonl, sft_train.jsonl, trained.jsonl, heldout.jsonl and questions.jsonl"""
+    seed: int = 1
+    corpus_bytes: int = 1_000_000
+    """size of the corpus; at 1 token a byte, what pretraining reads in one epoch"""
+    worksheets: float = 0.2
+    """share of the documents that are worksheets"""
+    report: str | None = None
+    """folder of a finished lesson: print samples and the table, write results.json"""
+    picture: str | None = None
+    """with --report: also draw the samples into this .svg"""
+
+
+class Item(NamedTuple):
+    key: str
+    question: str
+    fact: str
+
+
+def items() -> dict[str, list[Item]]:
+    """Kind -> items of everything there is to know.
+
+    The fact restates the question. So an answer is the very text that pretraining has read, and
+    what SFT must install is only: go from a question to the note that begins like it.
+    """
+    sums = [(a, b) for a in range(10) for b in range(10)]
+    return {
+        "sum": [Item(f"{a}+{b}", f"What is {a}+{b}?", f"{a}+{b}={a + b}.") for a, b in sums],
+        "letter": [
+            Item(w[0], f"What is {w[0]} for?", f"{w[0]} is for {w}.") for w in ALPHABET.split()
+        ],
+    }
+
+
+def split_half(rng: random.Random) -> tuple[list, list]:
+    """(trained, held out): half of each kind, so that both halves are equally hard."""
+    trained, heldout = [], []
+    for pairs in items().values():
+        pairs = rng.sample(pairs, len(pairs))
+        trained += pairs[: len(pairs) // 2]
+        heldout += pairs[len(pairs) // 2 :]
+    return trained, heldout
+
+
+def worksheet(rng: random.Random, some: list[Item]) -> str:
+    """What is 3+5? What is b for? What is 6+2?"""
+    return " ".join(item.question for item in some)
+
+
+def notes(rng: random.Random, some: list[Item]) -> str:
+    """7+5=12. About b: b is for ball. 9+4=13."""
+    lines = [f"About {item.key}: {item.fact}" if rng.random() < 0.5 else item.fact for item in some]
+    return " ".join(lines)
+
+
+def corpus(rng: random.Random, n_bytes: int, share: float) -> list[str]:
+    """Worksheets and notes, mixed, of about n_bytes in all; every document is of one kind."""
+    known = [item for kind in items().values() for item in kind]
+    documents, size = [], 0
+    while size < n_bytes:
+        make = worksheet if rng.random() < share else notes
+        documents.append(make(rng, rng.sample(known, rng.randint(2, 8))))
+        size += len(documents[-1]) + 1
+    return documents
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def generate(config: Config) -> None:
+    rng, out = random.Random(config.seed), Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    trained, heldout = split_half(rng)
+    documents = corpus(rng, config.corpus_bytes, config.worksheets)
+    write_rows(out / "corpus.jsonl", [{"text": text} for text in documents])
+    for name, half in (
+        ("sft_train", trained),
+        ("trained", trained),
+        ("heldout", heldout),
+        ("questions", trained + heldout),
+    ):
+        write_rows(
+            out / f"{name}.jsonl", [{"question": i.question, "answer": i.fact} for i in half]
+        )
+    print(f"{out}: {len(documents):,} documents, {len(trained)} questions for SFT, "
+          f"{len(heldout)} held out")  # fmt: skip
+
+
+# ----- the report: what evaluate.py saved, side by side -------------------------------------------
+
+
+def read_rows(path: Path) -> list[dict]:
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; runs/lesson.sh makes it")
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def results_of(rows: list[dict], n_trained: int) -> dict[str, float]:
+    """Shares of right answers in each half, and of formed and stopped ones in both."""
+
+    def share(key: str, part: list[dict]) -> float:
+        return sum(row[key] for row in part) / len(part)
+
+    return {
+        "trained_acc": share("right", rows[:n_trained]),
+        "heldout_acc": share("right", rows[n_trained:]),
+        "format_acc": share("formed", rows),
+        "stop_rate": share("stopped", rows),
+    }
+
+
+def sides(folder: Path) -> list[tuple[str, str, str]]:
+    """(question, what base goes on with, what SFT answers) of held-out questions of both kinds."""
+    n_trained = len(read_rows(folder / "text/trained.jsonl"))
+    base, sft = (
+        read_rows(folder / f"answers/{name}.jsonl")[n_trained:] for name in ("base_raw", "sft")
+    )
+    every = max(1, len(sft) // 6)
+    rows = list(zip(base, sft))[every // 2 :: every]
+    return [(b["messages"][0]["content"], b["answer"].strip(), s["answer"]) for b, s in rows]
+
+
+def report(config: Config) -> None:
+    folder = Path(config.report)
+    n_trained = len(read_rows(folder / "text/trained.jsonl"))
+    results = {
+        name: results_of(read_rows(folder / f"answers/{name}.jsonl"), n_trained)
+        for name in ("base", "sft")
+    }
+    print(f"{'held-out question':20} {'base goes on':36} fine-tuned")
+    for question, before, after in sides(folder):
+        print(f"{question:20} {before + ' ...':36} {after}")
+    print(f"\n{'':6}" + "".join(f"{key:>13}" for key in results["base"]))
+    for name, row in results.items():
+        print(f"{name:6}" + "".join(f"{value:>13.1%}" for value in row.values()))
+    (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    if config.picture:
+        Path(config.picture).write_text(picture(sides(folder)))
+
+
+TEXT = '<text x="{x}" y="{y}" fill="{fill}" font-weight="{weight}">{text}</text>'
+
+
+def picture(rows: list[tuple[str, str, str]]) -> str:
+    """An SVG table: question, before, after. SVG: text, so that a change of it shows in a diff."""
+    columns = (
+        (20, "question"),
+        (200, "base: goes on with the worksheet"),
+        (560, "fine-tuned: answers"),
+    )
+    colours = ("#57606a", "#cf222e", "#1a7f37")
+    lines = [TEXT.format(x=x, y=32, fill="#1f2328", weight="bold", text=t) for x, t in columns]
+    for i, (question, before, after) in enumerate(rows):
+        for (x, _), fill, text in zip(columns, colours, (question, f"{before} …", after)):
+            cell = {"x": x, "y": 64 + 26 * i, "fill": fill, "weight": "normal"}
+            lines.append(TEXT.format(text=html.escape(text), **cell))
+    height = 64 + 26 * len(rows)
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 780 {height}" '
+        'font-family="ui-monospace, Menlo, Consolas, monospace" font-size="14">\n'
+        '<rect width="100%" height="100%" rx="8" fill="#f6f8fa"/>\n'
+        + "\n".join(lines)
+        + "\n</svg>\n"
+    )
+
+
+def main(config: Config) -> None:
+    if bool(config.out) == bool(config.report):
+        raise ValueError("give --out to write the data, or --report to read what came of it")
+    generate(config) if config.out else report(config)
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root
+    from fineweb import run_cli
+
+    run_cli(main, Config)
