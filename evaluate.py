@@ -242,7 +242,8 @@ def main(config: Config) -> None:
     # --- 2. each rank answers its share, each row once ---
     numbers = range(run.rank, len(questions), run.world_size)
     mine = [questions[i] for i in numbers]
-    room = min(config.max_new_tokens, model.config.block_size - 1)
+    # at most half, as in chat.py: more would cut a short-context model's prompts to nothing
+    room = min(config.max_new_tokens, model.config.block_size // 2)
     prompts = [cut_prompt(q["prompt"], room, model.config.block_size, q["place"]) for q in mine]
     answers = answer_prompts(model, encoding, template, prompts, room, config.batch_size,
                              config.temperature, config.seed)  # fmt: skip
