@@ -84,8 +84,9 @@ def padded(text: str, width: int) -> str:
 
 def open_rows(config: Config, layout: str, examples: Sequence[int] | None = None) -> SFTDataset:
     """The trainer's rows; examples: only those, laid out without the others."""
+    seed = config.seed if config.split == "train" else None  # validation keeps the data's order
     return SFTDataset(
-        config.data, config.split, config.block_size, layout, seed=config.seed if config.split == "train" else None,
+        config.data, config.split, config.block_size, layout, seed=seed,
         loss_on=config.loss_on, isolate=config.isolate, examples=examples,
     )  # fmt: skip
 
