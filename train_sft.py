@@ -91,7 +91,10 @@ def sft_batches(config: Config):
 
 
 def open_rows(config: Config, split: str) -> SFTDataset:
-    limit = range(config.max_examples) if config.max_examples and split == "train" else None
+    n = config.max_examples
+    if n is not None and n < 1:
+        raise ValueError(f"--max_examples {n}: it must be at least 1")
+    limit = range(n) if n and split == "train" else None
     return SFTDataset(
         config.data, split, config.block_size, config.layout,
         seed=config.seed if split == "train" else None, loss_on=config.loss_on,
