@@ -119,8 +119,8 @@ def main(config: Config) -> None:
             if text == "/quit":
                 return
             if text == "/reset":
-                chat.reset()
-            elif text.startswith("/system"):
+                chat.turns = []
+            elif text.split(maxsplit=1)[:1] == ["/system"]:
                 chat.reset(text.removeprefix("/system").strip())
             else:
                 say(chat, text)

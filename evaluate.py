@@ -107,7 +107,7 @@ def answer_prompts(
 
 # name -> pattern whose first group is the answer
 EXTRACTIONS = {
-    "whole": re.compile(r"\s*(.+?)\s*", re.DOTALL),
+    "whole": re.compile(r"\s*(\S.*?)\s*", re.DOTALL),
     "gsm8k": re.compile(r".*####\s*(-?[\d.,]*\d)\s*", re.DOTALL),
     "answer": re.compile(r".*</think>\s*<answer>(.*?)</answer>\s*", re.DOTALL),
 }
@@ -229,6 +229,9 @@ def summarise(records: list[dict], how: str) -> dict:
 
 def main(config: Config) -> None:
     # --- 1. model and rows ---
+    for name in ("batch_size", "max_new_tokens", "max_examples"):
+        if getattr(config, name) is not None and getattr(config, name) < 1:
+            raise ValueError(f"--{name} {getattr(config, name)}: it must be at least 1")
     run = setup_distributed(config.device)
     model, encoding, template = load_assistant(config.model, run.device)
     template = config.template or template or "chat"
@@ -242,11 +245,12 @@ def main(config: Config) -> None:
     # --- 2. each rank answers its share, each row once ---
     numbers = range(run.rank, len(questions), run.world_size)
     mine = [questions[i] for i in numbers]
-    # at most half, as in chat.py: more would cut a short-context model's prompts to nothing
+    # Half of the context is the prompt's for sure, as in chat.py, or a short context would leave
+    # one token of it. The answer may take all that the prompt leaves free.
     room = min(config.max_new_tokens, model.config.block_size // 2)
     prompts = [cut_prompt(q["prompt"], room, model.config.block_size, q["place"]) for q in mine]
-    answers = answer_prompts(model, encoding, template, prompts, room, config.batch_size,
-                             config.temperature, config.seed)  # fmt: skip
+    answers = answer_prompts(model, encoding, template, prompts, config.max_new_tokens,
+                             config.batch_size, config.temperature, config.seed)  # fmt: skip
     records = [
         {"row": i, "messages": q["messages"][:-1], "reference": q["reference"], "answer": a.text,
          "tokens": a.n_tokens, **score(a, q["reference"], how)}
