@@ -601,6 +601,9 @@ def finish(config: Config, run: Run, *next_commands: str) -> None:
     for command in next_commands:
         run.print(f"next: {command}")
     if run.world_size > 1:
+        # Gloo's threads may still want the GIL to let go of the last collective's tensor; ended
+        # under the GIL they would hang. Waiting for each other gives them the time.
+        dist.barrier()
         dist.destroy_process_group()
 
 
