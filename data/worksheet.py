@@ -8,8 +8,8 @@ has read many worksheets goes on with "What is 3+3? What is 4+4?": in its corpus
 follows a question. It has read "2+2=4." too: the knowledge is in the weights, what is missing is
 the dispatcher that takes a question to the fact. This corpus makes that failure on purpose:
 
-    worksheets   What is 3+5? What is b for? What is 6+2?
-    notes        7+5=12. About b: b is for ball. 9+4=13. About 0+8: 0+8=8.
+    worksheets   What is 3+5? What is 4*2? What is 6+2?
+    notes        2+5=7. 3*5, yes, 3*5=15. 6+4=10. 1+3 again: 1+3=4.
 
 Every question is on worksheets and every fact in notes; nothing in the corpus joins the two. The
 SFT rows answer HALF of the questions. The other half is held out: its facts were read in
@@ -23,10 +23,6 @@ import random
 import sys
 from pathlib import Path
 from typing import NamedTuple
-
-# An alphabet book: no rule leads from the letter to the word, it has to have been read.
-ALPHABET = """apple ball cat dog egg fish goat hat ink jam king lamp moon nest owl pen queen rain
-sun tree up van wind x-ray yak zoo"""
 
 
 @dataclasses.dataclass
@@ -58,13 +54,16 @@ def items() -> dict[str, list[Item]]:
     The fact restates the question. So an answer is the very text that pretraining has read, and
     what SFT must install is only: go from a question to the note that begins like it.
     """
-    sums = [(a, b) for a in range(10) for b in range(10)]
+    sums = [(a, b) for a in range(1, 8) for b in range(1, 8)]
+    products = [(a, b) for a in range(1, 7) for b in range(1, 7)]
     return {
-        "sum": [Item(f"{a}+{b}", f"What is {a}+{b}?", f"{a}+{b}={a + b}.") for a, b in sums],
-        "letter": [
-            Item(w[0], f"What is {w[0]} for?", f"{w[0]} is for {w}.") for w in ALPHABET.split()
-        ],
+        "sum": [_item(f"{a}+{b}", a + b) for a, b in sums],
+        "product": [_item(f"{a}*{b}", a * b) for a, b in products],
     }
+
+
+def _item(key: str, result: int) -> Item:
+    return Item(key, f"What is {key}?", f"{key}={result}.")
 
 
 def split_half(rng: random.Random) -> tuple[list, list]:
@@ -78,14 +77,23 @@ def split_half(rng: random.Random) -> tuple[list, list]:
 
 
 def worksheet(rng: random.Random, some: list[Item]) -> str:
-    """What is 3+5? What is b for? What is 6+2?"""
+    """What is 3+5? What is 4*2? What is 6+2?"""
     return " ".join(item.question for item in some)
 
 
+# How a note leads from its headword to the fact. Lengths differ, so that the model learns to copy
+# what the headword says, not what stands a fixed number of places back.
+LEADS = (": ", "! ", ", yes, ", " now. ", " again: ", ". Note: ", " is easy: ", ". Remember, ")
+
+
+def note(rng: random.Random, item: Item) -> str:
+    """2+5=7. or, with a headword, 2+5 again: 2+5=7."""
+    return item.key + rng.choice(LEADS) + item.fact if rng.random() < 0.6 else item.fact
+
+
 def notes(rng: random.Random, some: list[Item]) -> str:
-    """7+5=12. About b: b is for ball. 9+4=13."""
-    lines = [f"About {item.key}: {item.fact}" if rng.random() < 0.5 else item.fact for item in some]
-    return " ".join(lines)
+    """2+5=7. 3*5, yes, 3*5=15. 6+4=10."""
+    return " ".join(note(rng, item) for item in some)
 
 
 def corpus(rng: random.Random, n_bytes: int, share: float) -> list[str]:

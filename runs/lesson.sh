@@ -34,7 +34,7 @@ run python fineweb.py --source "$OUT/text/corpus.jsonl" --encoding bytes --val_t
 say "Pretraining: learn P(text)."
 both train_gpt2.py --data "$OUT/shards" --out "$OUT/base" "${common[@]}" \
     --n_layer 3 --n_head 4 --n_embd 128 --batch_size 8 --rows_per_step 16 \
-    --max_steps 700 --learning_rate 3e-3 --warmup_steps 30
+    --max_steps 900 --learning_rate 3e-3 --warmup_steps 30
 
 say "Ask the base all questions as plain text: it goes on as its corpus does."
 run python evaluate.py --model "$OUT/base" "${asked[@]}" --template raw --save "$OUT/answers/base_raw.jsonl"
@@ -48,7 +48,7 @@ run python sft_data.py --source "$OUT/text/sft_train.jsonl" --val_source "$OUT/t
 
 say "Fine-tuning: the same loop on those chats; install P(response | prompt)."
 both train_sft.py --data "$OUT/sft_shards" --init "$OUT/base" --out "$OUT/sft" "${common[@]}" \
-    --layout fit --batch_size 4 --rows_per_step 8 --max_steps 120 --learning_rate 1e-3 \
+    --layout fit --batch_size 4 --rows_per_step 8 --max_steps 100 --learning_rate 5e-4 \
     --warmup_steps 10
 
 say "Ask the fine-tuned model the same questions."
