@@ -10,7 +10,7 @@ import torch
 from hypothesis import example, given, strategies as st
 from torch.utils.data import Dataset
 
-from sft_data import LAYOUTS, pack_lengths, plan_rows
+from sft_data import LAYOUTS, _subset_nearest, pack_lengths, plan_rows
 from train_gpt2 import RankRows, Run
 
 WHOLE = ("fit", "pad", "bucket")  # the layouts that never cut an example
@@ -65,6 +65,12 @@ def test_fit_fills_two_rows_where_first_fit_decreasing_needs_three():
     slots, sizes = pack_lengths(np.array(lengths), 10)
     assert slots.tolist() == [4, 3, 3, 4, 3, 3]
     assert sizes.tolist() == [3, 3]
+
+
+def test_a_row_is_filled_with_as_many_copies_of_a_length_as_it_takes():
+    assert _subset_nearest({1: 50}, 50) == [1] * 50
+    assert sorted(_subset_nearest({7: 9, 5: 3, 4: 1}, 24)) == [5, 5, 7, 7]
+    assert _subset_nearest({7: 9}, 6) == []
 
 
 def test_where_first_fit_decreasing_is_better_its_rows_are_taken():
