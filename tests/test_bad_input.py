@@ -448,7 +448,8 @@ def test_resume_needs_a_run_and_the_runs_own_flags(refused, command, data, sft_s
 @pytest.mark.parametrize(
     "script, flags, message",
     [
-        ("fineweb.py", ["--source", "no.txt", "--encoding", "bytes"], "error: no.txt: no such file"),
+        ("fineweb.py", ["--source", "no.txt", "--encoding", "bytes"],
+         "error: no.txt: no such file"),
         ("train_sft.py", ["--data", "no", "--device", "cpu"], "error: --data no does not exist; "
          "make it with sft_data.py"),
     ],
