@@ -4,11 +4,13 @@ The models here have random weights ten times GPT-2's, biases and layer norms in
 initialised GPT-2 has logits near 0, and a tolerance of 1e-4 would let most mistakes pass.
 """
 
+import atexit
 import contextlib
 import functools
 import io
 import json
 import os
+import shutil
 import socket
 import tempfile
 from pathlib import Path
@@ -212,6 +214,7 @@ def step_cases() -> dict[str, MicroBatch]:
 def two_ranks() -> Path:
     """A folder with what two processes made of `step_cases`, two training runs and evaluate."""
     folder = Path(tempfile.mkdtemp(prefix="nanosft_two_ranks_"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     sft_folder(folder / "sft", train=random_examples(23), val=random_examples(5, seed=1))
     ids = np.random.default_rng(2).integers(0, 257, 16 * 11 + 5).tolist()
     text_folder(folder / "text", train=ids, val=ids[:70])
@@ -237,6 +240,7 @@ def _rank(rank: int, port: int, folder: Path) -> None:
                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
     torch.set_num_threads(1)
     run = train_gpt2.setup_distributed("cpu")
+    end_group = torch.distributed.destroy_process_group
     torch.distributed.destroy_process_group = lambda: None  # each main below would end the group
     model = torch.nn.parallel.DistributedDataParallel(tiny_model())
     found = {}
@@ -256,3 +260,5 @@ def _rank(rank: int, port: int, folder: Path) -> None:
     fine_tune(folder / "sft", folder / "out_sft", epochs=2, batch_size=1)
     pretrain(folder / "text", folder / "out_text", epochs=2)
     (folder / f"evaluate_{rank}.txt").write_text(evaluate_both(folder, "answers_2.jsonl"))
+    torch.distributed.barrier()
+    end_group()

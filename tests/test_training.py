@@ -239,6 +239,32 @@ def test_forward_sft_returns_the_weighted_sum_and_the_weight():
     assert weight_sum.item() == pytest.approx(batch.weights.sum().item())
 
 
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_the_trainers_step_is_the_same_in_every_layout_that_cuts_no_example(tmp_path, batch_size):
+    # in `stream` rows of 20 these begin at 0, 8, 20, 27 and 40, so that no row cuts one
+    lengths, random = (8, 12, 7, 13, 20), np.random.default_rng(0)
+    examples = [([*random.integers(0, 256, n - 1).tolist(), 256], ([0, 0] + [7, 50, 100] * n)[:n])
+                for n in lengths]  # fmt: skip
+    data = sft_folder(tmp_path / "data", train=examples, val=examples)
+
+    def step(layout, isolate=True):
+        flags = {"rows_per_step": 8, "batch_size": batch_size, "layout": layout, "isolate": isolate}
+        config = train_sft.Config(data, "", block_size=20, **flags)
+        rows = train_sft.open_rows(config, "val")  # in the data's order
+        micro_batches = next(load_steps(rows, config, ALONE, 0, sft_batches(config)))
+        assert len(micro_batches) == 8 // batch_size  # an epoch, and filler up to 8 rows
+        return step_gradients(tiny_model(), micro_batches)
+
+    want, want_grads = step("pad")
+    assert want["trained_tokens"] == sum(n - 2 for n in lengths)
+    for layout in ("fit", "bucket", "stream"):
+        row, grads = step(layout)
+        assert row["trained_tokens"] == want["trained_tokens"]
+        assert row["loss"] == pytest.approx(want["loss"], rel=1e-6)
+        assert_same(grads, want_grads, 2e-6)
+    assert abs(step("fit", isolate=False)[0]["loss"] - want["loss"]) > 1e-3
+
+
 def test_bucket_cuts_off_columns_that_are_padding_in_the_whole_micro_batch(tmp_path):
     examples = [([*range(n - 1), 256], [100] * n) for n in (4, 5, 9, 7)]
     data = sft_folder(tmp_path / "data", train=examples)
