@@ -16,6 +16,7 @@ laid out in rows of T tokens (`--layout`) is decided when training starts, from 
 import collections
 import copy
 import dataclasses
+import itertools
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -173,15 +174,22 @@ def read_examples(config: Config, sources: Iterable[str], bad: list[str]) -> Ite
             end += length
 
 
-def picks_validation(fraction: float, seed: int) -> Iterator[bool]:
-    """For example after example: does it go to validation? One, at random, of every 1/fraction."""
-    rng, start, pick = np.random.default_rng(seed), 0.0, -1
-    for i in range(sys.maxsize):
-        if fraction and i >= int(start):
-            stop = start + 1 / fraction
-            pick = int(rng.integers(int(start), int(stop)))
-            start = stop
-        yield i == pick
+def mark_validation(examples: Iterator, fraction: float, seed: int) -> Iterator[tuple]:
+    """(example, does it go to validation?): one, at random, of every 1/fraction.
+
+    Of fewer than 1/fraction examples, but at least two, it is one as well.
+    """
+    rng, start = np.random.default_rng(seed), 0.0
+    while fraction:
+        size = int(start + 1 / fraction) - int(start)
+        group, pick = list(itertools.islice(examples, size)), int(rng.integers(size))
+        if start == 0 and 1 < len(group) < size:
+            pick %= len(group)
+        yield from ((example, i == pick) for i, example in enumerate(group))
+        if len(group) < size:
+            return
+        start += 1 / fraction
+    yield from ((example, False) for example in examples)
 
 
 # ----- the planner: which pieces of which examples share a row -----------------------------------
@@ -448,7 +456,8 @@ class SFTDataset(Dataset):
             self._boundaries()
         )  # of each example in the shards, in order
         if examples is not None:
-            numbers = np.array([e for e in examples if e < len(self.starts)], dtype=np.int64)
+            numbers = itertools.islice(examples, len(self.starts))
+            numbers = np.array([e for e in numbers if e < len(self.starts)], dtype=np.int64)
             self.starts, self.all_lengths = self.starts[numbers], self.all_lengths[numbers]
         self._lay_out(layout)
 
@@ -585,15 +594,16 @@ def prepare(config: Config) -> None:
     with NewFolder(config.out) as folder:
         fraction = 0 if config.val_source else config.val_fraction
         train = read_examples(config, config.source, bad)
-        parts = [("train", train, picks_validation(fraction, config.seed))]
+        parts = [("train", train, fraction)]
         if config.val_source:
             val = read_examples(config, config.val_source, val_bad)
-            parts.append(("val", val, picks_validation(0, 0)))
+            parts.append(("val", val, 0))
         names = ["train", "val"] if config.val_source or fraction else ["train"]
         writers = {name: ShardWriter(folder, name, config.shard_tokens) for name in names}
         counts = {name: collections.Counter() for name in names}
-        for name, examples, picks in parts:
-            write_examples(examples, name, picks, writers, counts, config.max_examples)
+        for name, examples, share in parts:
+            marked = mark_validation(itertools.islice(examples, limit), share, config.seed)
+            write_examples(marked, name, writers, counts)
         splits = {name: writers[name].finish(**counts[name]) for name in names}
         check_splits(config, splits, bad + val_bad)
         write_meta(
@@ -611,17 +621,16 @@ def prepare(config: Config) -> None:
     report(config, splits, bad + val_bad)
 
 
-def write_examples(examples, name, picks, writers, counts, max_examples) -> None:
+def write_examples(marked: Iterator[tuple], name: str, writers: dict, counts: dict) -> None:
+    """Each example to its split."""
     from tqdm import tqdm
 
     bar = tqdm(desc=name, unit="ex", unit_scale=True, disable=None)  # None: only on a terminal
-    for n, (example, picked) in enumerate(zip(examples, picks), start=1):
+    for example, picked in marked:
         split = "val" if picked else name
         writers[split].add(example)
         counts[split].update(examples=1, trained_tokens=int(np.count_nonzero(example[1])))
         bar.update()
-        if n == max_examples:
-            break
     bar.close()
 
 

@@ -197,9 +197,8 @@ def test_rows_that_are_all_bad_leave_a_split_without_rows(refused, jsonl):
 
 
 def test_too_few_rows_for_a_validation_split_is_no_silent_empty_one(refused, jsonl):
-    """One row of every 20 is validation; with two rows it is most likely neither of them."""
-    line = refused(sft_data, *prepare_flags(jsonl("a.jsonl", [GOOD] * 2)))
-    assert line.startswith("the val split is left without rows (--val_fraction 0.05 of 2 rows)")
+    line = refused(sft_data, *prepare_flags(jsonl("a.jsonl", [GOOD])))
+    assert line.startswith("the val split is left without rows (--val_fraction 0.05 of 1 rows)")
     line = refused(sft_data, *prepare_flags(jsonl("a.jsonl", [GOOD])), "--val_fraction", 0.99)
     assert line.startswith("the train split is left without rows")
 

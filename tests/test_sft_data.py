@@ -23,8 +23,8 @@ from sft_data import (
     SFTDataset,
     create_labels,
     iterate_batches,
+    mark_validation,
     messages_of,
-    picks_validation,
     tokenize_prompt_and_output,
 )
 from tokenizer import get_encoding, render, render_text
@@ -210,14 +210,20 @@ def test_meta_says_what_is_in_the_folder(sft_shards):
 
 def test_one_row_of_every_1_over_fraction_goes_to_validation():
     """A fraction of 0.25 picks one of the rows 0 to 3, one of 4 to 7, … so no part is left out."""
-    picks = [picked for picked, _ in zip(picks_validation(0.25, 0), range(40))]
+    picks = [picked for _, picked in mark_validation(iter(range(40)), 0.25, 0)]
     assert [sum(picks[i : i + 4]) for i in range(0, 40, 4)] == [1] * 10
 
 
 @pytest.mark.parametrize("fraction", [0.03, 0.05, 1 / 3, 0.5, 0.7, 0.99])
 def test_validation_has_its_share(fraction):
-    picks = [picked for picked, _ in zip(picks_validation(fraction, 1), range(1000))]
+    picks = [picked for _, picked in mark_validation(iter(range(1000)), fraction, 1)]
     assert abs(sum(picks) - 1000 * fraction) <= 1
+
+
+@pytest.mark.parametrize("n", [2, 3, 19])
+def test_of_few_rows_one_goes_to_validation(n):
+    picks = [picked for _, picked in mark_validation(iter(range(n)), 0.05, 0)]
+    assert len(picks) == n and sum(picks) == 1
 
 
 def test_the_seed_decides_which_rows_are_validation(sft_shards):
