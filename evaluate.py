@@ -264,6 +264,7 @@ def main(config: Config) -> None:
         gathered = [None] * run.world_size
         dist.all_gather_object(gathered, records)
         records = sorted((r for part in gathered for r in part), key=lambda record: record["row"])
+        dist.barrier()  # see finish in train_gpt2.py
         dist.destroy_process_group()
     if not run.is_main:
         return
