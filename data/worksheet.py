@@ -54,11 +54,10 @@ def items() -> dict[str, list[Item]]:
     The fact restates the question. So an answer is the very text that pretraining has read, and
     what SFT must install is only: go from a question to the note that begins like it.
     """
-    sums = [(a, b) for a in range(1, 8) for b in range(1, 8)]
-    products = [(a, b) for a in range(1, 7) for b in range(1, 7)]
+    dice = [(a, b) for a in range(1, 7) for b in range(1, 7)]
     return {
-        "sum": [_item(f"{a}+{b}", a + b) for a, b in sums],
-        "product": [_item(f"{a}*{b}", a * b) for a, b in products],
+        "sum": [_item(f"{a}+{b}", a + b) for a, b in dice],
+        "product": [_item(f"{a}*{b}", a * b) for a, b in dice],
     }
 
 

@@ -8,10 +8,11 @@
 # Sizes and steps were tuned on 2 cores (see LOG.md). The same seed gives the same result.
 set -euo pipefail
 SEED=${SEED:-1}
-OUT=$(realpath -m "${OUT:-out/lesson}")
+case ${OUT:=} in "" | /*) ;; *) OUT=$PWD/$OUT ;; esac # as the caller sees it
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-if [ -e "$OUT" ] && [ ! -e "$OUT/text/corpus.jsonl" ]; then
-    echo "error: $OUT exists and is no lesson of ours; choose another OUT" >&2
+OUT=${OUT:-out/lesson}
+if [ -n "$(ls -A "$OUT" 2>/dev/null)" ] && [ ! -e "$OUT/text/corpus.jsonl" ]; then
+    echo "error: $OUT holds files and is no lesson of ours; choose another OUT" >&2
     exit 2
 fi
 rm -rf "$OUT"
@@ -48,7 +49,7 @@ run python sft_data.py --source "$OUT/text/sft_train.jsonl" --val_source "$OUT/t
 
 say "Fine-tuning: the same loop on those chats; install P(response | prompt)."
 both train_sft.py --data "$OUT/sft_shards" --init "$OUT/base" --out "$OUT/sft" "${common[@]}" \
-    --layout fit --batch_size 4 --rows_per_step 8 --max_steps 100 --learning_rate 5e-4 \
+    --layout fit --batch_size 4 --rows_per_step 8 --max_steps 200 --learning_rate 3e-4 \
     --warmup_steps 10
 
 say "Ask the fine-tuned model the same questions."
@@ -58,5 +59,5 @@ say "Loss, learning rate and gradient norm of both runs."
 run python plot.py "$OUT/base/metrics.jsonl" "$OUT/sft/metrics.jsonl" --out "$OUT/loss.png"
 
 say "The same questions, before and after; and the table."
-run python data/worksheet.py --report "$OUT"
+run python data/worksheet.py --report "$OUT" --picture "$OUT/before_after.svg"
 echo "$((SECONDS - START)) s"
