@@ -126,6 +126,8 @@ def main(config: Config) -> None:
                 say(chat, text)
         except ValueError as error:
             print(f"({error})")
+        except KeyboardInterrupt:
+            print("\n(stopped)")
 
 
 if __name__ == "__main__":

@@ -108,7 +108,7 @@ def answer_prompts(
 # name -> pattern whose first group is the answer
 EXTRACTIONS = {
     "whole": re.compile(r"\s*(\S.*?)\s*", re.DOTALL),
-    "gsm8k": re.compile(r".*####\s*(-?[\d.,]*\d)\s*", re.DOTALL),
+    "gsm8k": re.compile(r".*####\s*\$?(-?[\d.,]*\d)\.?\s*", re.DOTALL),
     "answer": re.compile(r".*</think>\s*<answer>(.*?)</answer>\s*", re.DOTALL),
 }
 

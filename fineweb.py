@@ -381,7 +381,8 @@ def run_cli(main: Callable, config_class: type) -> None:
     try:
         main(tyro.cli(config_class, config=(tyro.conf.OmitArgPrefixes,), use_underscores=True))
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # once, not once a rank
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -274,7 +274,7 @@ def get_lr(step: int, n_steps: int, config: Config) -> float:
     """Learning rate of step 0, 1, …: linear warm-up, then a cosine to MIN_LR_RATIO of the peak.
 
     The last warm-up step has the peak, the run's last step the minimum. A warm-up longer than the
-    run is clipped to it.
+    run is clipped to it, and then the run ends at the peak.
     """
     warmup = min(config.warmup_steps, n_steps)
     if step < warmup:
@@ -370,6 +370,13 @@ def evaluate(model: GPT, batches: Iterable[MicroBatch], run: Run) -> dict[str, f
 # ----- checkpoints -------------------------------------------------------------------------------
 
 
+def flush(path: Path) -> None:
+    """To the disk, so that a rename after it cannot come to stand before it."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
 def save_checkpoint(
     out: str, step: int, model: GPT, optimizer, identity: dict, keep: int = 0, **settings
 ) -> Path:
@@ -381,11 +388,10 @@ def save_checkpoint(
     state = {"step": step, "optimizer": optimizer.state_dict(), "identity": identity}
     torch.save(state, tmp / "training_state.pt")
     for path in [*tmp.iterdir(), tmp]:
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+        flush(path)
     shutil.rmtree(folder, ignore_errors=True)
     tmp.rename(folder)
+    flush(folder.parent)
     if keep:
         for old in checkpoints(Path(out))[:-keep]:
             shutil.rmtree(old)

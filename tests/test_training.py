@@ -31,6 +31,7 @@ from torch.utils.data import DataLoader
 
 import train_gpt2
 import train_sft
+from model import GPT, GPTConfig
 from sft_data import SFTDataset
 from train_gpt2 import (
     MicroBatch,
@@ -463,3 +464,25 @@ def test_importing_the_trainers_does_nothing(tmp_path):
     )  # fmt: skip
     assert found.stdout == "[] []\n", found.stderr
     assert not found.stderr
+
+
+@pytest.mark.parametrize("layout", ["fit", "stream", "pad"])
+def test_compiled_blocks_are_not_compiled_again_after_the_first_steps(layout, sft_shards):
+    """What differs from step to step (segments, the number of targets) stays outside the graphs."""
+    torch._dynamo.reset()
+    data = sft_shards([{"prompt": "x" * n, "response": "y" * (1 + n % 5)} for n in range(1, 40)])
+    config = train_sft.Config(data=data, out="", layout=layout, block_size=64, batch_size=2,
+                              rows_per_step=2, n_layer=2, n_head=2, n_embd=16)  # fmt: skip
+    model = GPT(GPTConfig(block_size=64, vocab_size=320, n_layer=2, n_head=2, n_embd=16))
+    for block in model.transformer.h:
+        block.compile(backend="aot_eager")
+    run, rows = train_gpt2.Run(0, 1, torch.device("cpu")), train_sft.open_rows(config, "train")
+    optimizer = train_gpt2.make_optimizer(model, config)
+    steps = train_gpt2.load_steps(rows, config, run, 0, train_sft.sft_batches(config))
+    compiled = []
+    for _ in range(8):
+        train_gpt2.train_step(model, optimizer, next(steps), 1e-3, 1.0, run, forward_sft)
+        compiled.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert compiled[0] > 0
+    assert compiled[-1] == compiled[2]
+    torch._dynamo.reset()
