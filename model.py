@@ -37,8 +37,8 @@ SIZES = {
     "gpt2-large": {"n_layer": 36, "n_head": 20, "n_embd": 1280},  # 774M
     "gpt2-xl": {"n_layer": 48, "n_head": 25, "n_embd": 1600},  # 1558M
 }
-CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 1 << 30}  # logits of one chunk in the loss; see LOG.md
-LOOP_FROM = 96  # mean segment length from which a loop over segments beats a mask; see LOG.md
+CHUNK_BYTES = {"cpu": 50 << 20, "cuda": 1 << 30}  # logits of one chunk in the loss; see LOG.md
+LOOP_FROM = 4096  # mean segment length * T from which a loop over segments beats a mask; LOG.md
 
 
 def pad_vocab(n: int) -> int:
@@ -132,7 +132,7 @@ def isolate(segments: Tensor):
     if segments.device.type == "cpu":
         begin = starts.flatten().nonzero().flatten()
         lengths = torch.diff(begin, append=torch.tensor([B * T])).tolist()
-        if len(lengths) * LOOP_FROM <= B * T:
+        if len(lengths) * LOOP_FROM <= B * T * T:
             return positions, Looped(lengths)
     return positions, Masked(segments)
 
@@ -227,12 +227,15 @@ class SummedCrossEntropy(torch.autograd.Function):
             loss_sum = torch.zeros((), device=hidden.device)
             # An argument says so, because inside this forward gradient mode always reads as off.
             d_hidden, d_head = [], torch.zeros_like(head) if needs_grad else None
+            space = h.new_empty(min(rows, len(h)), len(head))  # the one buffer of all chunks
             for h_n, target, weight in chunks:
-                logits = (h_n @ w.T).float()  # (n, V)
-                lse = logits.logsumexp(1, keepdim=True)  # (n, 1)
-                loss_sum += ((lse - logits.gather(1, target)) * weight).sum()
+                logits = torch.mm(h_n, w.T, out=space[: len(h_n)]).float()  # (n, V)
+                top, picked = logits.amax(1, keepdim=True), logits.gather(1, target)  # (n, 1)
+                p = logits.sub_(top).exp_()
+                total = p.sum(1, keepdim=True)  # (n, 1)
+                loss_sum += ((total.log() + top - picked) * weight).sum()
                 if needs_grad:
-                    p = logits.sub_(lse).exp_().mul_(weight)  # the softmax, in place
+                    p.mul_(weight / total)  # the softmax, weighted
                     p.scatter_add_(1, target, -weight)  # d loss / d logits
                     p = p.to(h_n.dtype)
                     d_hidden.append(p @ w)  # (n, C)
