@@ -91,7 +91,6 @@ class Looped:
     def __init__(self, lengths: list[int]):
         self.lengths = lengths  # of the segments, row after row, padding included
 
-    @torch.compiler.disable  # its lengths differ from step to step
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         B, H, T, D = q.shape
         # (B, H, T, D) -> (1, H, B*T, D) -> one (1, H, length, D) per example

@@ -33,7 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from fineweb import check_new_folder, open_shards, read_meta, run_cli, verify_shard
-from model import GPT, IGNORE_INDEX, GPTConfig, checkpoints, newest_checkpoint, pad_vocab
+from model import GPT, IGNORE_INDEX, GPTConfig, Looped, checkpoints, newest_checkpoint, pad_vocab
 from tokenizer import get_encoding
 
 # Source: GPT-3 (Brown et al. 2020), appendix B; the rest of its recipe stands in Config
@@ -506,6 +506,8 @@ def resume_or_make(config: Config, run: Run, meta: dict, identity: dict) -> tupl
 def wrap(model: GPT, config: Config, run: Run) -> torch.nn.Module:
     """DDP where there are several ranks; compiled blocks with --compile."""
     if config.compile:
+        # The loop's lengths differ from step to step: in a graph each would be compiled anew.
+        Looped.__call__ = torch.compiler.disable(Looped.__call__)
         for block in model.transformer.h:
             block.compile()
     if run.world_size == 1:
