@@ -263,6 +263,13 @@ def load_steps(
             yield list(itertools.islice(loader, micro_batches))
 
 
+def eval_share(rows: Dataset, config: Config, run: Run) -> Subset:
+    """This rank's rows of the first --eval_tokens of a validation split."""
+    n = min(len(rows), max(1, config.eval_tokens // config.block_size))
+    rows.verify(0, n - 1)
+    return Subset(rows, range(run.rank, n, run.world_size))
+
+
 def steps_per_epoch(rows: Dataset, config: Config) -> int:
     return math.ceil(len(rows) / config.rows_per_step)
 
@@ -631,15 +638,11 @@ def main(config: Config) -> None:
     check_config(config, run)
 
     # --- 2. data ---
-    rows = TokenRows(config.data, "train", config.block_size)
+    T = config.block_size
+    rows = TokenRows(config.data, "train", T)
     encoding = get_encoding(rows.meta["encoding"])
     n_steps = config.max_steps or config.epochs * steps_per_epoch(rows, config)
-    val = None
-    if "val" in rows.meta["splits"]:
-        val = TokenRows(config.data, "val", config.block_size)
-        n_val = min(len(val), max(1, config.eval_tokens // config.block_size))
-        val.verify(0, n_val - 1)
-        val = Subset(val, range(run.rank, n_val, run.world_size))
+    val = TokenRows(config.data, "val", T) if "val" in rows.meta["splits"] else None
 
     # --- 3. model and optimiser; a resumed run takes both up again ---
     identity = identity_of(config, rows.meta, n_steps)
@@ -652,7 +655,7 @@ def main(config: Config) -> None:
     run.print(
         f"data   {config.data}: {rows.ends[-1]:,} tokens of {encoding.name}, {len(rows):,} rows"
     )
-    per_epoch, per_step = steps_per_epoch(rows, config), config.rows_per_step * config.block_size
+    per_epoch, per_step = steps_per_epoch(rows, config), config.rows_per_step * T
     run.print(
         f"plan   {n_steps} steps of {config.rows_per_step} rows = {per_step:,} tokens; "
         f"{per_epoch} steps an epoch, {run.world_size} process(es) on {run.device}"
@@ -665,7 +668,11 @@ def main(config: Config) -> None:
     def assess() -> dict:
         if run.is_main:
             run.print(f"sample {sample(raw_model, encoding)!r}")
-        return evaluate(raw_model, text_batches(val, config.batch_size), run) if val else {}
+        if val is None:
+            return {}
+        return evaluate(
+            raw_model, text_batches(eval_share(val, config, run), config.batch_size), run
+        )
 
     def save(step: int) -> None:
         if run.is_main:

@@ -13,17 +13,18 @@ from collections.abc import Iterator
 from typing import Literal
 
 from torch import Tensor
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Dataset
 
 from evaluate import answer_samples
 from fineweb import run_cli
 from model import IGNORE_INDEX
 from sft_data import SFTDataset, iterate_batches
 from tokenizer import get_encoding
-from train_gpt2 import (
+from train_gpt2 import (  # this stays the same
     Config as PretrainingConfig,
     MicroBatch,
     check_config,
+    eval_share,
     evaluate,
     finish,
     identity_of,
@@ -145,7 +146,7 @@ def main(config: Config) -> None:
     def assess() -> dict:
         if val is None:
             return {}
-        share = Subset(val, range(run.rank, len(val), run.world_size))
+        share = eval_share(val, config, run)
         result = evaluate(raw_model, batches(share, config.batch_size), run)
         # SFT: an assistant is judged by its answers, too
         return result | answer_samples(raw_model, encoding, template, val, config.eval_prompts, run)
