@@ -225,7 +225,8 @@ def test_a_checkpoint_is_flushed_before_it_gets_its_name(tmp_path, monkeypatch):
 
     def note(descriptor):
         flushed.append(os.fstat(descriptor).st_ino)
-        assert not (tmp_path / "step_000001").exists()
+        renamed = (tmp_path / "step_000001").exists()
+        assert renamed == (flushed[-1] == tmp_path.stat().st_ino)  # the run's folder comes last
         sync(descriptor)
 
     monkeypatch.setattr(os, "fsync", note)
@@ -235,6 +236,7 @@ def test_a_checkpoint_is_flushed_before_it_gets_its_name(tmp_path, monkeypatch):
     files = ["config.json", "model.safetensors", "training_state.pt"]
     assert sorted(path.name for path in (tmp_path / "step_000001").iterdir()) == files
     assert all((tmp_path / "step_000001" / name).stat().st_ino in flushed for name in files)
+    assert flushed[-1] == tmp_path.stat().st_ino
 
 
 @pytest.mark.parametrize("keep, left", [(0, [2, 4, 6, 8, 9]), (1, [9]), (3, [6, 8, 9])])
