@@ -374,7 +374,9 @@ class GPT(nn.Module):
                 for cache in caches:
                     cache.keep(keep)
                 rows, lengths, budgets = ([a[i] for i in alive] for a in (rows, lengths, budgets))
-            tokens = self._sample(self.lm_head(x), temperature, top_k, top_p, sampler)  # (B,)
+            # Few rows times a large matrix: twice as fast the other way round on a CPU (LOG.md)
+            logits = (self.lm_head.weight @ x.T).T if len(x) <= 32 else self.lm_head(x)  # (B, V)
+            tokens = self._sample(logits, temperature, top_k, top_p, sampler)  # (B,)
             new = tokens.tolist()
             yield list(zip(rows, new))
             budgets = [0 if token in stop_ids else left - 1 for token, left in zip(new, budgets)]
