@@ -1,16 +1,16 @@
-"""Talk to a checkpoint in the terminal; a model that never saw a chat continues your text instead.
+"""Chat with a checkpoint in the terminal; a base model continues your text instead.
 
     python chat.py --model out/sft
     python chat.py --model out/sft --prompt "What is 2+2?"
 
-In the chat: /reset forgets the turns, /system TEXT sets the system message, /quit ends.
+In the chat: /reset clears the turns, /system TEXT sets the system message, /quit exits.
 """
 
 import dataclasses
 from collections.abc import Iterator
 
-from evaluate import cut_prompt, load_assistant
-from fineweb import run_cli
+from nanosft.assistant import cut_prompt, load_assistant
+from nanosft.cli import UserError, run_cli
 from tokenizer import render_prompt, stop_ids
 from train_gpt2 import setup_distributed
 
@@ -20,17 +20,21 @@ class Config:
     """Chat with a model."""
 
     model: str
-    """a checkpoint or run folder of ours, a Hugging Face folder, a GPT-2 name or a hub id"""
+    """a nanosft checkpoint or run folder, a Hugging Face folder, a GPT-2 name or a hub id"""
     prompt: str | None = None
-    """answer this and end"""
+    """answer this and exit"""
     system: str | None = None
+    """system message; needs a model trained with the chat template"""
     temperature: float = 0.7
-    """0: always the likeliest token"""
+    """0: greedy decoding"""
     top_k: int | None = 50
+    """sample from the k most likely tokens; None: all"""
     top_p: float | None = None
+    """sample from the most likely tokens with this total probability; None: all"""
     max_new_tokens: int = 256
     seed: int = 0
     device: str = "auto"
+    """auto, cuda, mps or cpu"""
 
 
 class Chat:
@@ -38,63 +42,58 @@ class Chat:
 
     def __init__(self, config: Config):
         self.config = config
-        self.model, self.encoding, self.template = load_assistant(
-            config.model, setup_distributed(config.device).device
-        )
+        device = setup_distributed(config.device).device
+        self.model, self.encoding, self.template = load_assistant(config.model, device)
         self.reset(config.system)
 
     def reset(self, system: str | None = None) -> None:
         if system and self.template != "chat":
-            raise ValueError(
-                f"a system message needs the chat template, this model has {self.template}"
-            )
+            raise UserError(f"a system message needs the chat template, but this model has "
+                            f"{self.template}; leave it out")
         self.system = [{"role": "system", "content": system}] if system else []
         self.turns = []
 
     def prompt_ids(self, text: str) -> list[int]:
-        """The ids that the model reads; the oldest turns go where the context is too short."""
+        """The prompt's ids; the oldest turns are dropped if they do not fit in the context."""
         if not text.strip():
-            raise ValueError("the prompt is empty")
+            raise UserError("the prompt is empty")
         room = min(self.config.max_new_tokens, self.model.config.block_size // 2)
         if self.template is None:
             ids = self.encoding.encode_ordinary(text)
         else:
             if self.template != "chat":
-                self.turns = []  # one turn is all that the other templates know
+                self.turns = []  # the other templates are single-turn
             question = [{"role": "user", "content": text}]
             ids = render_prompt(self.encoding, self.system + self.turns + question, self.template)
             while self.turns and len(ids) + room > self.model.config.block_size:
                 self.turns = self.turns[2:]
                 print("(the oldest turn no longer fits and is forgotten)")
-                ids = render_prompt(
-                    self.encoding, self.system + self.turns + question, self.template
-                )
+                messages = self.system + self.turns + question
+                ids = render_prompt(self.encoding, messages, self.template)
         return cut_prompt(ids, room, self.model.config.block_size, "chat")
 
     def answer(self, text: str) -> Iterator[str]:
-        """Pieces of the answer as they come; the finished turn is kept."""
+        """Yield pieces of the answer as they are generated; then keep the finished turn."""
         prompt = self.prompt_ids(text)
-        stops = stop_ids(self.encoding, self.template or "raw")
+        stops = stop_ids(self.encoding, self.template)
         ids, shown = [], ""
         for step in self.model.stream(
             [prompt], self.config.max_new_tokens, self.config.temperature, top_k=self.config.top_k,
             top_p=self.config.top_p, stop_ids=stops, seed=self.config.seed + len(self.turns),
-        ):  # fmt: skip
+        ):
             token = step[0][1]
             if token in stops:
                 break
             ids.append(token)
             whole = self.encoding.decode(ids)
-            if not whole.endswith("\ufffd"):  # half a character waits for its other half
+            if not whole.endswith("\ufffd"):  # wait for the rest of a multi-byte character
                 yield whole[len(shown) :]
                 shown = whole
         answer = self.encoding.decode(ids)
         yield answer[len(shown) :]
         if answer:
-            self.turns += [
-                {"role": "user", "content": text},
-                {"role": "assistant", "content": answer},
-            ]
+            self.turns += [{"role": "user", "content": text},
+                           {"role": "assistant", "content": answer}]
 
 
 def say(chat: Chat, text: str) -> None:
@@ -106,10 +105,10 @@ def say(chat: Chat, text: str) -> None:
 def main(config: Config) -> None:
     chat = Chat(config)
     if chat.template is None:
-        print("(this model was not fine-tuned on chats: it continues your text)")
+        print("(a base model, not fine-tuned on chats: it continues your text)")
     if config.prompt is not None:
         return say(chat, config.prompt)
-    print("/reset forgets the turns, /system TEXT sets the system message, /quit ends")
+    print("/reset clears the turns, /system TEXT sets the system message, /quit exits")
     while True:
         try:
             text = input("> ").strip()
@@ -124,7 +123,7 @@ def main(config: Config) -> None:
                 chat.reset(text.removeprefix("/system").strip())
             else:
                 say(chat, text)
-        except ValueError as error:
+        except UserError as error:
             print(f"({error})")
         except KeyboardInterrupt:
             print("\n(stopped)")

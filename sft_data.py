@@ -1,49 +1,39 @@
-"""Chats to shards of token ids with a loss weight each, and the rows that are made of them.
+"""Chats to shards of token ids and loss weights, and shards to rows for the trainer.
 
     python sft_data.py --source gsm8k.jsonl --encoding gpt2 --template chat --out data/sft
     python sft_data.py --show 2 --data data/sft --layout fit --block_size 256 [--html mask.html]
 
-SFT's shards are pretraining's with one more row: uint16 (2, N), the ids and below each its loss
-weight in percent. Each example ends with <|endoftext|>, which occurs nowhere else. How examples are
-laid out in rows of T tokens (`--layout`) is decided when training starts, from the same shards:
-
-    stream  |aaaaabbb|bbcccccc|   concatenated, cut where a row ends, as in pretraining
-    fit     |aaaaa...|bbbbbccc|   whole examples, rows as full as they can be
-    pad     |aaaaa...|bbbbb...|   one example a row
-    bucket  |aaaaa|bbbbb| |cc|    one example a row, rows of like length in the same step
+SFT shards are pretraining shards with one more row: uint16 (2, N), the ids and, below each, its
+loss weight in percent. Each example ends with <|endoftext|>, which occurs nowhere else, so the
+examples need no index. The shards do not depend on the layout: how examples share rows of T tokens
+(`--layout`, see packing.py) is decided when training starts.
 """
 
 import collections
-import copy
 import dataclasses
+import functools
 import itertools
 import os
-import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
-from fineweb import (
-    NewFolder,
-    ShardWriter,
-    chunked,
-    open_shards,
-    ordered_map,
-    read_meta,
-    read_rows,
-    run_cli,
-    verify_shard,
-    write_meta,
-)
 from model import IGNORE_INDEX
+from nanosft import viewer
+from nanosft.assistant import load_assistant
+from nanosft.cli import UserError, require_at_least, require_choice, run_cli
+from nanosft.shards import Shards, ShardWriter, find_examples, new_folder, write_meta
+from nanosft.sources import chunked, mark_validation, messages_of, ordered_map, read_rows
+from packing import LAYOUTS, Plan, plan_rows as plan_rows
 from tokenizer import get_encoding, render, render_text
 
-LAYOUTS = ("stream", "fit", "pad", "bucket")
-ROWS_A_CHUNK = 256  # that a worker renders at a time; 64 to 1024 measure the same
+ROWS_A_CHUNK = 256  # rows that a worker renders at a time; 64 to 1024 are equally fast
 
 
 @dataclasses.dataclass
@@ -51,337 +41,52 @@ class Config:
     """Turn chat rows into shards for train_sft.py (--source), or look at them (--show)."""
 
     source: tuple[str, ...] = ()
-    """.jsonl, .json or .parquet files, or one hub dataset id"""
+    """.jsonl, .json or .parquet files, or a hub dataset id"""
     val_source: tuple[str, ...] = ()
-    """rows of the validation split; without it --val_fraction of --source"""
+    """rows of the validation split; default: --val_fraction of --source"""
     subset: str | None = None
     """the hub dataset's configuration"""
     out: str | None = None
-    """folder for the shards; must not exist yet, or be empty"""
+    """folder for the shards; must be new or empty"""
     encoding: Literal["gpt2", "bytes"] = "gpt2"
     template: Literal["chat", "alpaca", "raw"] = "chat"
     train_on: Literal["all_turns", "last_turn"] = "all_turns"
+    """which answers of a chat are trained"""
     val_fraction: float = 0.05
-    """share of the rows that becomes the validation split, picked by --seed; 0: none"""
+    """fraction of the rows that becomes the validation split, picked by --seed; 0: none"""
     max_examples: int | None = None
-    """stop after this many examples"""
+    """use at most this many examples of --source, and of --val_source; default: all"""
     on_bad_row: Literal["error", "skip"] = "error"
     shard_tokens: int = 100_000_000
+    """tokens per shard, at 4 bytes each"""
     workers: int = os.cpu_count() or 1
     seed: int = 0
     block_size: int = 1024
-    """T of the report's and the viewer's rows"""
+    """T, tokens per row in the report and the viewer"""
     show: int = 0
     """show this many rows of --data, as the trainer sees them"""
     data: str | None = None
+    """with --show: a folder made with --source and --out"""
     split: str = "train"
+    """with --show, like the flags below: train or val"""
     layout: Literal["stream", "fit", "pad", "bucket"] = "fit"
     isolate: bool = True
+    """examples in one row do not attend to each other"""
     loss_on: Literal["response", "all"] = "response"
     model: str | None = None
-    """with --show: add what this model predicts at each place"""
+    """a checkpoint whose predictions to show at each position"""
     html: str | None = None
-    """with --show: write a page instead of printing"""
+    """write an HTML page to this file instead of printing"""
 
 
-# ----- rows in: what a row of a dataset says, as messages ----------------------------------------
-
-# prompt key, response key; more forms (messages, conversations, text) in messages_of
-FORMS = (
-    ("prompt", "response"),
-    ("prompt", "completion"),
-    ("question", "answer"),
-    ("instruction", "output"),
-    ("instruction", "response"),
-)
-KNOWN_FORMS = "; ".join(f"{{{p}, {r}}}" for p, r in FORMS) + "; {messages}; {conversations}; {text}"
-SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
-                  "system": "system"}  # fmt: skip
+# ----- shards to rows ----------------------------------------------------------------------------
 
 
-def messages_of(row: dict) -> list[dict] | str:
-    """A row of any known form as messages, or the string of a `{text}` row.
-
-    >>> messages_of({"question": "2+2?", "answer": "4"})
-    [{'role': 'user', 'content': '2+2?'}, {'role': 'assistant', 'content': '4'}]
-    """
-    if not isinstance(row, dict):
-        raise ValueError(f"a row is an object, not a {type(row).__name__}")
-    if "messages" in row:
-        return row["messages"]
-    if "conversations" in row:
-        turns = row["conversations"]
-        if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-            raise ValueError("`conversations` is no list of {from, value}")
-        return [
-            {
-                "role": SHAREGPT_ROLES.get(str(turn.get("from")), turn.get("from")),
-                "content": turn.get("value"),
-            }
-            for turn in turns
-        ]
-    for prompt, response in FORMS:
-        if prompt in row and response in row:
-            for key in (prompt, response):
-                if not isinstance(row[key], str):
-                    raise ValueError(f"`{key}` is {row[key]!r}, not a string")
-            user = {"role": "user", "content": row[prompt]}
-            if prompt == "instruction" and row.get("input"):
-                user["input"] = row["input"]
-            return [user, {"role": "assistant", "content": row[response]}]
-    if isinstance(row.get("text"), str):
-        if not row["text"]:
-            raise ValueError("`text` is empty")
-        return row["text"]
-    raise ValueError(f"unknown form, keys {sorted(row)}; known are {KNOWN_FORMS}")
-
-
-def render_rows(
-    chunk: list[tuple[str, dict]], encoding_name: str, template: str, train_on: str
-) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """A worker's share: (2, n) uint16 of all examples, each one's length (0: bad), what was bad."""
-    encoding = get_encoding(encoding_name)
-    all_ids, all_weights, lengths, bad = [], [], [], []
-    for place, row in chunk:
-        try:
-            messages = messages_of(row)
-            if isinstance(messages, str):
-                ids, weights = render_text(encoding, messages)
-            else:
-                ids, weights = render(encoding, messages, template, train_on)
-        except ValueError as error:
-            bad.append(f"{place}: {error}")
-            lengths.append(0)
-            continue
-        all_ids += ids
-        all_weights += weights
-        lengths.append(len(ids))
-    return np.array([all_ids, all_weights], dtype=np.uint16), np.array(lengths), bad
-
-
-def read_examples(config: Config, sources: Iterable[str], bad: list[str]) -> Iterator[np.ndarray]:
-    """(2, n) of each good example, in order; bad rows go to `bad`, or raise (--on_bad_row)."""
-    rows = (row for source in sources for row in read_rows(source, config.subset))
-    chunks = chunked(rows, lambda row: 1, ROWS_A_CHUNK)
-    work = (config.encoding, config.template, config.train_on)
-    for tokens, lengths, new_bad in ordered_map(render_rows, chunks, config.workers, *work):
-        bad += new_bad
-        if bad and config.on_bad_row == "error":
-            raise ValueError(f"{bad[0]}  (--on_bad_row skip leaves such rows out)")
-        end = 0
-        for length in lengths[lengths > 0]:
-            yield tokens[:, end : end + length]
-            end += length
-
-
-def mark_validation(examples: Iterator, fraction: float, seed: int) -> Iterator[tuple]:
-    """(example, does it go to validation?): one, at random, of every 1/fraction.
-
-    Of fewer than 1/fraction examples, but at least two, it is one as well.
-    """
-    rng, start = np.random.default_rng(seed), 0.0
-    while fraction:
-        size = int(start + 1 / fraction) - int(start)
-        group, pick = list(itertools.islice(examples, size)), int(rng.integers(size))
-        if start == 0 and 1 < len(group) < size:
-            pick %= len(group)
-        yield from ((example, i == pick) for i, example in enumerate(group))
-        if len(group) < size:
-            return
-        start += 1 / fraction
-    yield from ((example, False) for example in examples)
-
-
-# ----- the planner: which pieces of which examples share a row -----------------------------------
-
-
-class Plan:
-    """Rows as a few numbers an example; plan[i] is a list of pieces (example, start, stop)."""
-
-    def __init__(
-        self, lengths, block_size, layout, seed=0, epoch=0, rows_per_step=1, drop_last=False
-    ):
-        if layout not in LAYOUTS:
-            raise ValueError(f"--layout: unknown layout {layout!r}; choose from {list(LAYOUTS)}")
-        if block_size < 1 or rows_per_step < 1:
-            raise ValueError(
-                f"--block_size {block_size} and rows_per_step {rows_per_step} start at 1"
-            )
-        self.lengths = np.asarray(lengths, dtype=np.int32)
-        self.block_size, self.layout = block_size, layout
-        if len(self.lengths) and self.lengths.min() < 1:
-            raise ValueError("an example has no tokens")
-        rng = None if seed is None else np.random.default_rng([seed, epoch])
-        n = len(self.lengths)
-        shuffled = np.arange(n) if rng is None else rng.permutation(n)
-        if layout == "stream":
-            self.order = shuffled.astype(np.int32)
-            self.ends = np.cumsum(self.lengths[self.order], dtype=np.int64)
-            total = int(self.ends[-1]) if n else 0
-            rows = (total - 1) // block_size if drop_last else -(-(total - 1) // block_size)
-            self.rows = max(rows, int(n > 0 and not drop_last))
-            return
-        longest = int(self.lengths.max(initial=0))
-        if longest > block_size + 1:
-            raise ValueError(
-                f"an example of {longest} tokens is longer than a row of block_size + 1 = "
-                f"{block_size + 1}; truncate or drop it first (--overlong)"
-            )
-        plan = {"fit": self._fit, "pad": self._pad, "bucket": self._bucket}[layout]
-        order, sizes = plan(shuffled, rng, rows_per_step)
-        self.order = order.astype(np.int32)
-        self.ends = np.cumsum(sizes, dtype=np.int64)  # row r holds order[ends[r - 1] : ends[r]]
-        self.rows = len(sizes)
-
-    def _pad(self, shuffled, rng, rows_per_step):
-        return shuffled, np.ones(len(shuffled), np.int64)
-
-    def _bucket(self, shuffled, rng, rows_per_step):
-        """Sorted by length, cut into steps, the steps shuffled; a short step comes last."""
-        order = shuffled[np.argsort(self.lengths[shuffled], kind="stable")]
-        full = len(order) // rows_per_step * rows_per_step
-        steps = order[:full].reshape(-1, rows_per_step)
-        if rng is not None:
-            steps = rng.permutation(steps)
-        order = np.concatenate([steps.reshape(-1), order[full:]])
-        return order, np.ones(len(order), np.int64)
-
-    def _fit(self, shuffled, rng, rows_per_step):
-        """Fill rows by length alone, deal the examples out to those lengths, shuffle the rows."""
-        slots, sizes = pack_lengths(self.lengths, self.block_size + 1)
-        order = np.empty(len(slots), np.int64)
-        order[np.argsort(slots, kind="stable")] = shuffled[
-            np.argsort(self.lengths[shuffled], kind="stable")
-        ]
-        row = np.repeat(np.arange(len(sizes)), sizes)
-        if rng is None:  # the data's order, as far as whole rows allow: by each row's first example
-            first = np.full(len(sizes), len(order))
-            np.minimum.at(first, row, order)
-            rank, within = np.argsort(np.argsort(first)), order
-        else:
-            rank, within = rng.permutation(len(sizes)), rng.random(len(order))
-        new_sizes = np.empty_like(sizes)
-        new_sizes[rank] = sizes
-        return order[np.lexsort((within, rank[row]))], new_sizes
-
-    def __len__(self) -> int:
-        return self.rows
-
-    def __getitem__(self, i: int) -> list[tuple[int, int, int]]:
-        if not 0 <= i < self.rows:
-            raise IndexError(i)
-        if self.layout != "stream":
-            examples = self.order[self.ends[i - 1] if i else 0 : self.ends[i]]
-            return [(int(e), 0, int(self.lengths[e])) for e in examples]
-        begin = i * self.block_size
-        stop = min(begin + self.block_size + 1, int(self.ends[-1]))
-        pieces, at = [], int(np.searchsorted(self.ends, begin, side="right"))
-        while begin < stop:
-            example, end = int(self.order[at]), int(self.ends[at])
-            offset = end - int(self.lengths[example])
-            pieces.append((example, begin - offset, min(end, stop) - offset))
-            begin, at = end, at + 1
-        return pieces
-
-
-def pack_lengths(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
-    """Bins of `capacity` for items of these lengths -> (lengths, bin after bin; items in each bin).
-
-    A new bin takes the longest length left, then the lengths left that together come nearest to
-    the space left: a subset sum over the histogram, as bits of one Python integer.
-    Where first-fit-decreasing happens to need fewer bins (some tiny data sets), its bins are taken.
-
-    >>> pack_lengths(np.array([5, 4, 3, 3]), 8)
-    (array([5, 3, 4, 3]), array([2, 2]))
-    """
-    values, counts = np.unique(lengths, return_counts=True)
-    left = dict(zip(values.tolist()[::-1], counts.tolist()[::-1]))  # longest first
-    slots, sizes = [], []
-    while left:
-        longest = next(iter(left))
-        left[longest] -= 1
-        filling = [longest, *_subset_nearest(left, capacity - longest)]
-        left[longest] += 1
-        used = collections.Counter(filling)
-        # The same filling again while it lasts, but not to the end: variety packs better.
-        times = max(1, min(left[length] // n for length, n in used.items()) // 2)
-        for length, n in used.items():
-            left[length] -= n * times
-            if not left[length]:
-                del left[length]
-        slots += filling * times
-        sizes += [len(filling)] * times
-    could_save = len(sizes) * capacity - lengths.sum(dtype=np.int64) >= capacity
-    fewer = could_save and _first_fit_decreasing(values, counts, capacity, len(sizes) - 1)
-    return fewer or (np.array(slots, dtype=np.int64), np.array(sizes, dtype=np.int64))
-
-
-def _first_fit_decreasing(values, counts, capacity: int, n_bins: int) -> tuple | None:
-    """The longest first, each into the first bin with room; None if `n_bins` do not suffice."""
-    space, lengths, bins = np.full(n_bins, capacity), [], []
-    for length, n in zip(values[::-1], counts[::-1]):
-        takes = space // length  # bin after bin takes what it can, until n are placed
-        takes = np.clip(n - (np.cumsum(takes) - takes), 0, takes)
-        if takes.sum() < n:
-            return None
-        space -= takes * length
-        lengths.append(np.full(n, length))
-        bins.append(np.repeat(np.arange(n_bins), takes))
-    bins = np.concatenate(bins)
-    return np.concatenate(lengths)[np.argsort(bins, kind="stable")], np.bincount(bins)
-
-
-def _subset_nearest(left: dict[int, int], space: int) -> list[int]:
-    """Of `left` (length: how many), the lengths whose sum comes nearest to `space` from below."""
-    sums, below, history = 1, (1 << (space + 1)) - 1, []  # bit s of sums: s can be reached
-    for length, n in left.items():
-        n = min(n, space // length)
-        if n <= 0:
-            continue
-        history.append((length, n, sums))
-        step = 1
-        while n:  # n copies as 1 + 2 + 4 + … + rest: each sum of them is a choice of these parts
-            step = min(step, n)
-            sums |= sums << length * step & below
-            n, step = n - step, step * 2
-        if sums >> space:
-            break  # filled to the brim
-    total, chosen = sums.bit_length() - 1, []
-    for length, n, before in reversed(history):
-        copies = next(
-            c for c in range(n + 1) if total >= c * length and before >> total - c * length & 1
-        )
-        total -= copies * length
-        chosen += [length] * copies
-    return chosen
-
-
-def plan_rows(
-    lengths: Sequence[int],
-    block_size: int,
-    layout: str,
-    seed: int | None = 0,
-    epoch: int = 0,
-    rows_per_step: int = 1,
-    drop_last: bool = False,
-) -> list[list[tuple[int, int, int]]]:
-    """All rows of an epoch: lists of pieces (example, start, stop), at most block_size + 1 ids.
-
-    lengths count each example's <|endoftext|>. seed None keeps the order of the data. drop_last
-    drops a short last row of `stream`. ValueError: an example too long for a whole-example layout.
-
-    >>> plan_rows([5, 4], block_size=4, layout="stream", seed=None)
-    [[(0, 0, 5)], [(0, 4, 5), (1, 0, 4)]]
-    """
-    plan = Plan(lengths, block_size, layout, seed, epoch, rows_per_step, drop_last)
-    return [plan[i] for i in range(len(plan))]
-
-
-# ----- rows for the trainer ----------------------------------------------------------------------
-
-
-def create_labels(ids, weights) -> Tensor:
+def create_labels(ids: Sequence[int], weights: Sequence[int]) -> Tensor:
     """Next-token labels (..., n - 1) of ids (..., n): -100 wherever the target's weight is 0.
+
+    With a prompt of P tokens the first trained label is labels[P - 1]: the last prompt token
+    predicts it.
 
     >>> create_labels([258, 104, 259, 121, 260], [0, 0, 0, 100, 100])
     tensor([-100, -100,  121,  260])
@@ -390,15 +95,171 @@ def create_labels(ids, weights) -> Tensor:
     return ids[..., 1:].long().masked_fill(weights[..., 1:] == 0, IGNORE_INDEX)
 
 
+class SFTDataset(Dataset):
+    """The rows of one epoch of a split: {"input_ids", "labels", "weights", "segments"}, each (T,).
+
+    labels are already shifted, -100 where ignored; weights are float32 fractions of the labels;
+    segments number the examples of the row from 0, padding is -1. With isolate=False a row is one
+    text, segment 0. overlong: what to do with an example longer than a row (unused in `stream`,
+    which cuts anywhere). examples: the indices of those to use; None: all.
+    """
+
+    def __init__(self, data: str, split: str, block_size: int, layout: str = "fit",
+                 seed: int | None = 0, epoch: int = 0, loss_on: str = "response",
+                 isolate: bool = True, drop_last: bool = False, *, rows_per_step: int = 1,
+                 overlong: str = "truncate", examples: Iterable[int] | None = None):
+        require_choice("layout", layout, LAYOUTS)
+        require_choice("loss_on", loss_on, ("response", "all"))
+        require_choice("overlong", overlong, ("drop", "truncate", "error"))
+        self.data, self.split, self.block_size, self.layout = data, split, block_size, layout
+        self.seed, self.epoch, self.loss_on, self.isolate = seed, epoch, loss_on, isolate
+        self.drop_last, self.rows_per_step = drop_last, rows_per_step
+        self.shards = Shards(data, split, "sft")
+        self.meta = self.shards.meta
+        self.eot = get_encoding(self.meta["encoding"]).eot_token
+        # of each example in use: its index in the data, its first token, its length
+        self.starts, self.full_lengths = find_examples(self.shards, self.eot)
+        self.numbers = np.arange(len(self.starts))
+        if examples is not None:
+            chosen = itertools.islice(examples, len(self.starts))
+            self._keep([number for number in chosen if number < len(self.starts)])
+        self.n_truncated = self.n_dropped = 0
+        if layout != "stream":
+            self._drop_overlong(overlong)
+        self.lengths = np.minimum(self.full_lengths, block_size + 1)
+        if layout == "stream":
+            self.lengths = self.full_lengths
+        if not len(self.lengths):
+            raise UserError(f"--data {data}: no example of {split} fits; raise --block_size")
+        self._plan, self._planned_epoch = None, None
+
+    def _keep(self, examples: Sequence[int]) -> None:
+        keep = np.asarray(examples, dtype=np.int64)
+        self.numbers, self.starts, self.full_lengths = (
+            array[keep] for array in (self.numbers, self.starts, self.full_lengths))
+
+    def _drop_overlong(self, overlong: str) -> None:
+        """Count the examples longer than a row; drop those that would keep no trained target."""
+        limit = self.block_size + 1
+        long = np.flatnonzero(self.full_lengths > limit)
+        if len(long) and overlong == "error":
+            raise UserError(f"example {self.numbers[long[0]]} of {self.data} has "
+                            f"{self.full_lengths[long[0]]} tokens, a row {limit}; raise "
+                            "--block_size or choose --overlong truncate")
+        dropped = [e for e in long if overlong == "drop" or not self._is_trained(e, limit)]
+        self.n_dropped, self.n_truncated = len(dropped), len(long) - len(dropped)
+        self._keep(np.delete(np.arange(len(self.starts)), dropped))
+
+    def _is_trained(self, example: int, limit: int) -> bool:
+        """Is there a trained target among the first `limit` ids? The first id is never one."""
+        begin = int(self.starts[example])
+        return self.loss_on == "all" or bool(self.shards[begin + 1 : begin + limit][1].any())
+
+    @property
+    def plan(self) -> Plan:
+        """The rows of `self.epoch`, planned on first use."""
+        if self._planned_epoch != self.epoch:
+            self._plan = Plan(self.lengths, self.block_size, self.layout, self.seed, self.epoch,
+                              self.rows_per_step, self.drop_last)
+            self._planned_epoch = self.epoch
+        return self._plan
+
+    def __len__(self) -> int:
+        return len(self.plan)  # the same in every epoch
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        ids, weights, segments, _ = self.tokens(i)
+        n, row = len(ids) - 1, self.filler()
+        row["input_ids"][:n] = torch.from_numpy(ids[:-1])
+        row["labels"][:n] = create_labels(ids, weights)
+        row["weights"][:n] = torch.from_numpy(weights[1:].astype(np.float32) / np.float32(100))
+        row["segments"][:n] = torch.from_numpy(segments[:-1])
+        return row
+
+    def tokens(self, i: int) -> np.ndarray:
+        """Row i before shifting and padding, int64 (4, n), n at most T + 1.
+
+        In order: ids, loss weights in percent, segments, indices of the examples in the data.
+        """
+        pieces = []
+        for segment, (example, start, stop) in enumerate(self.plan[i]):
+            begin = int(self.starts[example])
+            ids, weights = self.shards[begin + start : begin + stop].astype(np.int64)  # (n,) each
+            if self.loss_on == "all":
+                weights[:] = 100
+            if self.isolate or self.layout != "stream":
+                weights[0] = 0  # never train across an example boundary
+            segment = np.full_like(ids, segment if self.isolate else 0)
+            pieces.append([ids, weights, segment, np.full_like(ids, self.numbers[example])])
+        return np.concatenate(pieces, axis=1)
+
+    def filler(self) -> dict[str, Tensor]:
+        """A row that is all padding."""
+        T = self.block_size
+        return {
+            "input_ids": torch.full((T,), self.eot),
+            "labels": torch.full((T,), IGNORE_INDEX),
+            "weights": torch.zeros(T),
+            "segments": torch.full((T,), -1),
+        }
+
+    def collate(self, rows: list[dict[str, Tensor]]) -> dict:
+        """Stack rows into the fields of a MicroBatch: x, y, weights, segments (B, T); n_tokens."""
+        x, y, weights, segments = (torch.stack([row[key] for row in rows]) for key in rows[0])
+        real = segments >= 0  # (B, T), False for padding
+        if self.layout == "bucket":  # cut off the columns that are padding in every row
+            T = max(1, int(real.any(0).sum()))
+            x, y, weights, segments = (t[:, :T] for t in (x, y, weights, segments))
+        if self.layout in ("pad", "bucket") or not self.isolate:
+            segments = None  # each row is one right-padded text: the causal mask suffices
+        return {"x": x, "y": y, "weights": weights, "segments": segments,
+                "n_tokens": int(real.sum())}
+
+    def prompts(self, n: int) -> list[tuple[list[int], list[int]]]:
+        """(prompt, reference answer) of the first n examples, as ids, without the end token."""
+        found = []
+        for begin, length in zip(self.starts[:n].tolist(), self.full_lengths[:n].tolist()):
+            ids, weights = self.shards[begin : begin + length]
+            trained = np.flatnonzero(weights)
+            if len(trained) and trained[0] > 0:  # a `{text}` row has no prompt
+                first, offsets = trained[0], trained - np.arange(len(trained))
+                # the first unbroken span of trained ids
+                answer = ids[first : first + np.count_nonzero(offsets == first)]
+                answer = answer[: -1 if answer[-1] >= self.eot else None]
+                found.append((ids[:first].tolist(), answer.tolist()))
+        return found
+
+    def fill(self) -> float:
+        """The fraction of non-padding positions: a row of n ids fills n - 1 of its T."""
+        n_ids = int(self.lengths.sum(dtype=np.int64))
+        if self.layout == "stream":  # neighboring rows share an id
+            n_ids = min(n_ids - 1, len(self) * self.block_size) + len(self)
+        return (n_ids - len(self)) / (len(self) * self.block_size)
+
+    def describe(self) -> str:
+        """What the trainer prints before it starts."""
+        return (f"{len(self.lengths):,} examples ({self.n_truncated} truncated, {self.n_dropped} "
+                f"dropped), {self.lengths.sum():,} tokens of {self.meta['encoding']}; "
+                f"{len(self):,} rows, layout {self.layout}, {self.fill():.1%} full, "
+                f"{'' if self.isolate else 'not '}isolated")
+
+
+def iterate_batches(dataset: Dataset, batch_size: int, shuffle: bool) -> DataLoader:
+    """Batches of rows; the last one may be smaller. The global random state is left alone."""
+    generator = torch.Generator().manual_seed(getattr(dataset, "seed", None) or 0)
+    return DataLoader(dataset, batch_size, shuffle, generator=generator)
+
+
 def tokenize_prompt_and_output(encoding, prompts: Sequence, outputs: Sequence) -> dict[str, Tensor]:
     """input_ids, labels and response_mask, each (B, longest - 1), of prompts followed by outputs.
 
-    Prompts and outputs are strings, or ids where they hold special tokens. Each is encoded on its
-    own, concatenated, right-padded with <|endoftext|>; labels are the ids one further on, and
-    response_mask is True where a label is a token of the output.
+    Prompts and outputs are strings, or ids if they contain special tokens. Each is encoded
+    separately; the pair is concatenated and right-padded with <|endoftext|>. labels are the inputs
+    shifted by one; response_mask is True where the label is an output token.
     """
     if len(prompts) != len(outputs):
-        raise ValueError(f"{len(prompts)} prompts and {len(outputs)} outputs; give one for each")
+        raise UserError(f"{len(prompts)} prompts and {len(outputs)} outputs; pass one output "
+                        "per prompt")
 
     def encode(text):
         return encoding.encode_ordinary(text) if isinstance(text, str) else list(text)
@@ -413,281 +274,126 @@ def tokenize_prompt_and_output(encoding, prompts: Sequence, outputs: Sequence) -
     return {"input_ids": ids[:, :-1], "labels": ids[:, 1:], "response_mask": is_output[:, 1:]}
 
 
-class SFTDataset(Dataset):
-    """The rows of one epoch of a split: {"input_ids", "labels", "weights", "segments"}, each (T,).
-
-    labels are shifted already and -100 where ignored; weights are float32 fractions of the labels;
-    segments number the examples of the row from 0, padding is -1. With isolate=False a row counts
-    as one text, segment 0. overlong says what happens to an example longer than a row (`stream`
-    cuts anywhere and needs none of it). examples: the numbers of those to use; None: all.
-    """
-
-    def __init__(
-        self,
-        data: str,
-        split: str,
-        block_size: int,
-        layout: str = "fit",
-        seed: int | None = 0,
-        epoch: int = 0,
-        loss_on: str = "response",
-        isolate: bool = True,
-        drop_last: bool = False,
-        *,
-        rows_per_step: int = 1,
-        overlong: str = "truncate",
-        examples: Iterable[int] | None = None,
-    ):
-        if loss_on not in ("response", "all"):
-            raise ValueError(f"--loss_on: {loss_on!r} is neither 'response' nor 'all'")
-        if overlong not in ("drop", "truncate", "error"):
-            raise ValueError(f"--overlong: {overlong!r} is none of drop, truncate, error")
-        self.data, self.split, self.block_size = data, split, block_size
-        self.seed, self.epoch, self.loss_on, self.isolate = seed, epoch, loss_on, isolate
-        self.drop_last, self.rows_per_step, self.overlong = drop_last, rows_per_step, overlong
-        self.meta = read_meta(data, "sft")
-        self.shards = open_shards(data, self.meta, split)
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # one rank a machine
-            for shard in self.meta["splits"][split]["files"]:
-                verify_shard(data, shard)
-        self.eot = get_encoding(self.meta["encoding"]).eot_token
-        self.shard_ends = np.cumsum([shard.shape[1] for shard in self.shards])
-        self.starts, self.all_lengths = (
-            self._boundaries()
-        )  # of each example in the shards, in order
-        if examples is not None:
-            numbers = itertools.islice(examples, len(self.starts))
-            numbers = np.array([e for e in numbers if e < len(self.starts)], dtype=np.int64)
-            self.starts, self.all_lengths = self.starts[numbers], self.all_lengths[numbers]
-        self._lay_out(layout)
-
-    def _boundaries(self) -> tuple[np.ndarray, np.ndarray]:
-        """An example begins where the one before ended: with <|endoftext|>."""
-        ends, offset = [], 0
-        for shard in self.shards:
-            for at in range(0, shard.shape[1], 1 << 22):  # in parts, so that little is in memory
-                ends.append(
-                    np.flatnonzero(shard[0, at : at + (1 << 22)] == self.eot) + offset + at + 1
-                )
-            offset += shard.shape[1]
-        ends = np.concatenate(ends)
-        starts = np.concatenate([[0], ends[:-1]])
-        return starts, (ends - starts).astype(np.int32)
-
-    def _lay_out(self, layout: str) -> None:
-        self.layout, self.lengths, self.n_truncated, self.n_dropped = layout, self.all_lengths, 0, 0
-        self.kept = None  # numbers of the examples that are planned; None: all
-        limit = self.block_size + 1
-        long = np.flatnonzero(self.all_lengths > limit) if layout != "stream" else []
-        if len(long):
-            if self.overlong == "error":
-                raise ValueError(
-                    f"example {long[0]} of {self.data} has {self.all_lengths[long[0]]} tokens, a "
-                    f"row {limit}; raise --block_size or choose --overlong truncate"
-                )
-            dropped = [e for e in long if self.overlong == "drop" or not self._trained(e, limit)]
-            self.n_dropped, self.n_truncated = len(dropped), len(long) - len(dropped)
-            self.kept = np.delete(np.arange(len(self.starts)), dropped)
-            self.lengths = np.minimum(self.all_lengths[self.kept], limit)
-        if not len(self.lengths):
-            raise ValueError(
-                f"--data {self.data}: no example of {self.split} fits; raise --block_size"
-            )
-        self.set_epoch(self.epoch)
-
-    def _trained(self, example: int, limit: int) -> bool:
-        """Is a target left within the first `limit` ids? The first id is never one."""
-        return self.loss_on == "all" or bool(self._tokens(example, 1, limit)[1].any())
-
-    def _tokens(self, example: int, start: int, stop: int) -> np.ndarray:
-        """(2, stop - start) of an example's ids and weights, mapped."""
-        begin = int(self.starts[example])
-        shard = int(np.searchsorted(self.shard_ends, begin, side="right"))
-        begin -= int(self.shard_ends[shard]) - self.shards[shard].shape[1]
-        return self.shards[shard][:, begin + start : begin + stop]
-
-    def with_layout(self, layout: str) -> "SFTDataset":
-        """The same examples, laid out anew."""
-        other = copy.copy(self)
-        other._lay_out(layout)
-        return other
-
-    def set_epoch(self, epoch: int) -> None:
-        """Plan the rows of this epoch; their number is the same in each."""
-        self.epoch = epoch
-        self.plan = Plan(self.lengths, self.block_size, self.layout, self.seed, epoch,
-                         self.rows_per_step, self.drop_last)  # fmt: skip
-
-    def verify(self, first_row: int, last_row: int) -> None:
-        """The trainer asks before it reads; here all shards were verified when they were opened."""
-
-    def __len__(self) -> int:
-        return len(self.plan)
-
-    def pieces(self, i: int) -> list[tuple[int, int, int]]:
-        """Row i as (example's number among all, start, stop)."""
-        pieces = self.plan[i]
-        return pieces if self.kept is None else [(int(self.kept[e]), a, b) for e, a, b in pieces]
-
-    def __getitem__(self, i: int) -> dict[str, Tensor]:
-        pieces = self.pieces(i)
-        ids, weights = np.concatenate(
-            [self._tokens(*piece) for piece in pieces], axis=1
-        )  # (n,) each
-        lengths = [stop - start for _, start, stop in pieces]
-        segments = np.repeat(np.arange(len(pieces)), lengths)
-        if self.loss_on == "all":
-            weights = np.full_like(weights, 100)
-        if self.isolate or self.layout != "stream":
-            # nobody learns to predict the next example from the last
-            begins = np.cumsum([0, *lengths[:-1]])[[start == 0 for _, start, _ in pieces]]
-            weights[begins] = 0  # np.concatenate made a copy: the shard is not written
-        if not self.isolate:
-            segments[:] = 0
-        n = len(ids) - 1  # row[:-1] is read, row[1:] predicted
-        row = self.filler()
-        row["input_ids"][:n] = torch.from_numpy(ids[:-1].astype(np.int64))
-        row["labels"][:n] = create_labels(ids.astype(np.int64), weights.astype(np.int64))
-        row["weights"][:n] = torch.from_numpy(weights[1:] / np.float32(100))
-        row["segments"][:n] = torch.from_numpy(segments[:-1])
-        return row
-
-    def filler(self) -> dict[str, Tensor]:
-        """A row that is all padding."""
-        T = self.block_size
-        return {
-            "input_ids": torch.full((T,), self.eot),
-            "labels": torch.full((T,), IGNORE_INDEX),
-            "weights": torch.zeros(T),
-            "segments": torch.full((T,), -1),
-        }
-
-    def fill(self) -> float:
-        """The share of all places that is no padding: a row of n ids fills n - 1 of its T."""
-        n_ids = int(self.lengths.sum(dtype=np.int64))
-        if self.layout == "stream":
-            n_ids = min(n_ids - 1, len(self) * self.block_size) + len(self)
-        return (n_ids - len(self)) / (len(self) * self.block_size)
+# ----- chats to shards ---------------------------------------------------------------------------
 
 
-def iterate_batches(dataset: Dataset, batch_size: int, shuffle: bool) -> DataLoader:
-    """Batches of rows, the last one maybe smaller. Its generator is its own: the order depends on
-    nothing else, and the global random state is left alone."""
-    generator = torch.Generator().manual_seed(getattr(dataset, "seed", None) or 0)
-    return DataLoader(
-        dataset, batch_size, shuffle, generator=generator, pin_memory=torch.cuda.is_available()
-    )
+def render_rows(chunk: list[tuple[str, dict]], encoding_name: str, template: str, train_on: str,
+                ) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """One chunk: its examples as uint16 (2, n), the length of each (0: bad row), the errors."""
+    encoding = get_encoding(encoding_name)
+    all_ids, all_weights, lengths, errors = [], [], [], []
+    for place, row in chunk:
+        try:
+            messages = messages_of(row)
+            if isinstance(messages, str):
+                ids, weights = render_text(encoding, messages)
+            else:
+                ids, weights = render(encoding, messages, template, train_on)
+        except UserError as error:
+            errors.append(f"{place}: {error}")
+            ids, weights = [], []
+        all_ids += ids
+        all_weights += weights
+        lengths.append(len(ids))
+    return np.array([all_ids, all_weights], dtype=np.uint16), np.array(lengths), errors
 
 
-# ----- the command: prepare ----------------------------------------------------------------------
+def read_examples(config: Config, sources: Iterable[str], bad: list[str]) -> Iterator[np.ndarray]:
+    """Each valid example as (2, n), in order; bad rows go to `bad`, or raise (--on_bad_row)."""
+    rows = (row for source in sources for row in read_rows(source, config.subset))
+    chunks = chunked(rows, lambda row: 1, ROWS_A_CHUNK)
+    work = (config.encoding, config.template, config.train_on)
+    for tokens, lengths, errors in ordered_map(render_rows, chunks, config.workers, *work):
+        bad += errors
+        if bad and config.on_bad_row == "error":
+            raise UserError(f"{bad[0]}  (use --on_bad_row skip to leave out such rows)")
+        if (good := lengths[lengths > 0]).size:
+            yield from np.split(tokens, np.cumsum(good)[:-1], axis=1)
+
+
+def write_splits(config: Config, folder: Path, bad: list[str]) -> dict[str, dict]:
+    """Read --source and --val_source, write their shards -> {split: its entry in meta.json}."""
+    fraction = 0 if config.val_source else config.val_fraction
+    names = ["train", "val"] if config.val_source or fraction else ["train"]
+    writers = {name: ShardWriter(folder, name, config.shard_tokens) for name in names}
+    counts = {name: collections.Counter() for name in names}
+    for part, sources in (("train", config.source), ("val", config.val_source)):
+        examples = itertools.islice(read_examples(config, sources, bad), config.max_examples)
+        share = fraction if part == "train" else 0
+        bar = tqdm(desc=part, unit="ex", unit_scale=True, disable=None)  # None: TTY only
+        for example, is_val in mark_validation(examples, share, config.seed):
+            split = "val" if is_val else part
+            writers[split].add(example)
+            trained = int(np.count_nonzero(example[1]))
+            counts[split].update(examples=1, trained_tokens=trained)
+            bar.update()
+        bar.close()
+    return {name: writers[name].finish(**counts[name]) for name in names}
 
 
 def prepare(config: Config) -> None:
-    """--source to shards, meta.json and a report."""
+    """Turn --source into shards and meta.json, and print a report."""
     if not 0 <= config.val_fraction < 1:
-        raise ValueError(f"--val_fraction {config.val_fraction}: it must be at least 0 and below 1")
-    limit = sys.maxsize if config.max_examples is None else config.max_examples
-    if min(config.workers, config.shard_tokens, config.block_size, limit) < 1:
-        raise ValueError("--workers, --shard_tokens, --block_size and --max_examples start at 1")
+        raise UserError(f"--val_fraction {config.val_fraction} must be at least 0 and less than 1")
+    require_at_least(config, 1, "workers", "shard_tokens", "block_size", "max_examples")
     encoding = get_encoding(config.encoding)
-    bad, val_bad = [], []
-    with NewFolder(config.out) as folder:
-        fraction = 0 if config.val_source else config.val_fraction
-        train = read_examples(config, config.source, bad)
-        parts = [("train", train, fraction)]
-        if config.val_source:
-            val = read_examples(config, config.val_source, val_bad)
-            parts.append(("val", val, 0))
-        names = ["train", "val"] if config.val_source or fraction else ["train"]
-        writers = {name: ShardWriter(folder, name, config.shard_tokens) for name in names}
-        counts = {name: collections.Counter() for name in names}
-        for name, examples, share in parts:
-            marked = mark_validation(itertools.islice(examples, limit), share, config.seed)
-            write_examples(marked, name, writers, counts)
-        splits = {name: writers[name].finish(**counts[name]) for name in names}
-        check_splits(config, splits, bad + val_bad)
-        write_meta(
-            folder,
-            {
-                "kind": "sft",
-                "encoding": config.encoding,
-                "vocab_size": encoding.n_vocab,
-                "template": config.template,
-                "train_on": config.train_on,
-                "source": [*config.source, *config.val_source],
-                "splits": splits,
-            },
-        )
-    report(config, splits, bad + val_bad)
-
-
-def write_examples(marked: Iterator[tuple], name: str, writers: dict, counts: dict) -> None:
-    """Each example to its split."""
-    from tqdm import tqdm
-
-    bar = tqdm(desc=name, unit="ex", unit_scale=True, disable=None)  # None: only on a terminal
-    for example, picked in marked:
-        split = "val" if picked else name
-        writers[split].add(example)
-        counts[split].update(examples=1, trained_tokens=int(np.count_nonzero(example[1])))
-        bar.update()
-    bar.close()
-
-
-def check_splits(config: Config, splits: dict, bad: list[str]) -> None:
-    for name, split in splits.items():
-        if not split["tokens"]:
-            why = f"all {len(bad)} rows were bad, the first: {bad[0]}" if bad else "no rows"
-            if name == "val" and not config.val_source:
-                n = splits["train"].get("examples", 0)
-                why = f"--val_fraction {config.val_fraction} of {n} rows"
-            raise ValueError(f"the {name} split is left without rows ({why}); change --source, "
-                             "--val_source or --val_fraction")  # fmt: skip
-
-
-def report(config: Config, splits: dict, bad: list[str]) -> None:
-    """What was read, how long it is, and what each layout makes of it."""
-    kept = sum(split["examples"] for split in splits.values())
-    print(f"read {kept + len(bad):,} rows: {kept:,} kept, {len(bad):,} rejected")
-    for line in bad[:3]:
-        print(f"  rejected {line}")
-    for name, split in splits.items():
-        share = split["trained_tokens"] / split["tokens"]
-        print(f"{name:5}  {split['examples']:>9,} examples  {split['tokens']:>12,} tokens  "
-              f"{share:6.1%} trained  {split['shards']} shard(s)")  # fmt: skip
-    dataset = SFTDataset(config.out, "train", config.block_size, "stream", config.seed)
-    levels = (0, 10, 50, 90, 99, 100)
-    marks = np.percentile(dataset.all_lengths, levels)
-    print("length  " + "  ".join(f"p{p} {mark:.0f}" for p, mark in zip(levels, marks)))
-    print(f"rows of --block_size {config.block_size}:")
-    print("  layout       rows    fill  examples/row  truncated  dropped")
-    for layout in LAYOUTS:
-        try:
-            laid = dataset.with_layout(layout)
-        except ValueError:  # the shards are good: another block size may fit
-            print(f"  {layout:7} no example has a trained token within --block_size")
-            continue
-        per_row = len(laid.lengths) / len(laid)
-        print(f"  {layout:7} {len(laid):>9,}  {laid.fill():6.1%}  {per_row:12.2f}"
-              f"  {laid.n_truncated:>9,}  {laid.n_dropped:>7,}")  # fmt: skip
+    bad = []
+    with new_folder(config.out) as folder:
+        splits = write_splits(config, folder, bad)
+        check_splits(config, splits, bad)
+        write_meta(folder, {
+            "kind": "sft",
+            "encoding": config.encoding,
+            "vocab_size": encoding.n_vocab,
+            "template": config.template,
+            "train_on": config.train_on,
+            "source": [*config.source, *config.val_source],
+            "splits": splits,
+        })
+    viewer.print_report(splits, bad, row_opener(config, config.out, "train"))
     print(f"next: torchrun --standalone --nproc_per_node=1 train_sft.py --data {config.out} "
-          "--init gpt2 --out out/sft")  # fmt: skip
+          "--init gpt2 --out out/sft")
 
 
-# ----- the command: look -------------------------------------------------------------------------
+def check_splits(config: Config, splits: dict[str, dict], bad: list[str]) -> None:
+    for name, split in splits.items():
+        if split["tokens"]:
+            continue
+        why = f"all {len(bad)} rows were rejected; first: {bad[0]}" if bad else "no rows"
+        if name == "val" and not config.val_source:
+            n = splits["train"].get("examples", 0)
+            why = f"--val_fraction {config.val_fraction} of {n} rows"
+        raise UserError(f"the {name} split is empty ({why}); change --source, --val_source or "
+                        "--val_fraction")
+
+
+def row_opener(config: Config, data: str, split: str) -> Callable[..., SFTDataset]:
+    """open_rows(layout), which opens the rows of a split as the trainer does."""
+    seed = config.seed if split == "train" else None  # validation keeps the data's order
+    return functools.partial(SFTDataset, data, split, config.block_size, seed=seed,
+                             loss_on=config.loss_on, isolate=config.isolate)
+
+
+def show(config: Config) -> None:
+    """--show N: the first N rows of --data as text or, with --html, as a page."""
+    if config.show < 1 or not config.data:
+        raise UserError(f"--show {config.show} must be at least 1, and needs --data, a folder made "
+                        "with --source and --out")
+    open_rows = row_opener(config, config.data, config.split)
+    assistant = load_assistant(config.model) if config.model else None
+    if config.html:
+        viewer.write_page(config.html, config.show, open_rows, config.layout, assistant)
+    else:
+        viewer.print_rows(config.show, open_rows(config.layout), assistant)
 
 
 def main(config: Config) -> None:
     if config.show:
-        if not config.data:
-            raise ValueError("--show needs --data, a folder that --source made")
-        from viewer import show
-
         show(config)
     elif config.source and config.out:
         prepare(config)
     else:
-        raise ValueError("give --source and --out to make shards, or --show and --data to see them")
+        raise UserError("pass --source and --out to make shards, or --show and --data to view them")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Fine-tune on several machines: run this on each, with the same arguments but RANK_OF_MACHINE.
+# Fine-tune on several machines: run this on each, with the same arguments except RANK_OF_MACHINE.
 #   MACHINES=2 RANK_OF_MACHINE=0 HEAD=10.0.0.1 bash runs/multinode.sh --data data/sft --out out/sft
 # Every machine reads the same --data and --init; the first one writes --out.
 set -euo pipefail

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Fine-tune OpenAI's GPT-2 124M on GSM8K from the hub, then measure it on rows it has not seen.
-# N=1 bash runs/sft_gpt2.sh   for one GPU, or a patient CPU.
+# Fine-tune OpenAI's GPT-2 124M on GSM8K from the hub, then ask it a question.
+# N=1 bash runs/sft_gpt2.sh   on one GPU, or on a CPU if you are patient.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 N=${N:-8}

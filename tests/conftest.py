@@ -1,5 +1,4 @@
-"""What the tests share: tiny data, the commands called in this process, and a vocabulary that is
-always there."""
+"""Shared fixtures: tiny data, the commands run in this process, a vocabulary without a download."""
 
 import json
 import os
@@ -10,15 +9,14 @@ import hypothesis
 import pytest
 import tiktoken
 
-import fineweb
 import sft_data
 import tokenizer
+from nanosft.cli import run_cli
 
-# The same cases in every run: a red test is red for everybody, and nobody waits for a slow draw.
+# derandomize: every run draws the same cases, so a failure can be reproduced by anyone
 hypothesis.settings.register_profile(
     "tests", deadline=None, derandomize=True, database=None, max_examples=60,
-    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
-)  # fmt: skip
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
 hypothesis.settings.load_profile("tests")
 
 # Source: tiktoken_ext/openai_public.py, r50k_pat_str
@@ -28,22 +26,20 @@ GPT2_PATTERN = (
 
 
 def small_gpt2() -> tiktoken.Encoding:
-    """GPT-2's pattern and number of ids, but six merges: no file, no network.
+    """GPT-2's pattern and number of ids, but only six merges: no file, no network.
 
-    The ids between the merges and <|endoftext|> stand for byte strings that no text contains.
+    The ids between the merges and <|endoftext|> are byte strings that no text contains.
     """
     tokens = [bytes([i]) for i in range(256)] + [b"th", b"the", b" the", b"in", b" a", b"\n\n"]
     tokens += [b"\xff" + i.to_bytes(4, "big") for i in range(50256 - len(tokens))]
     ranks = {token: rank for rank, token in enumerate(tokens)}
-    specials = {"<|endoftext|>": 50256}
-    return tiktoken.Encoding(
-        "gpt2", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=specials
-    )
+    return tiktoken.Encoding("gpt2", pat_str=GPT2_PATTERN, mergeable_ranks=ranks,
+                             special_tokens={"<|endoftext|>": 50256})
 
 
 @pytest.fixture
 def gpt2(monkeypatch) -> tiktoken.Encoding:
-    """The real vocabulary where TIKTOKEN_CACHE_DIR holds it, else the small one under its name."""
+    """The real vocabulary if TIKTOKEN_CACHE_DIR holds it, else the small one under its name."""
     cache = Path(os.environ.get("TIKTOKEN_CACHE_DIR") or "/nowhere")
     if cache.is_dir() and len(list(cache.iterdir())) >= 2:
         yield tokenizer.get_encoding("gpt2")
@@ -56,13 +52,13 @@ def gpt2(monkeypatch) -> tiktoken.Encoding:
 
 @pytest.fixture
 def bytes_encoding() -> tiktoken.Encoding:
-    """One id a byte, so that expected ids can be worked out by hand: "h" is 104."""
+    """One id per byte, so expected ids can be worked out by hand: "h" is 104."""
     return tokenizer.get_encoding("bytes")
 
 
 @pytest.fixture
 def jsonl(tmp_path):
-    """jsonl("a.jsonl", rows) writes one JSON object a line and gives the path."""
+    """jsonl("a.jsonl", rows) writes one JSON object per line and returns the path."""
 
     def write(name: str, rows: list) -> str:
         path = tmp_path / name
@@ -74,9 +70,9 @@ def jsonl(tmp_path):
 
 @pytest.fixture
 def command(monkeypatch, capsys):
-    """command(module, *flags): what `python module.py flags` does, in this process.
+    """command(module, *flags) runs `python module.py flags` in this process.
 
-    Gives code (0 where nothing was raised), out and err.
+    Returns code (0 if nothing was raised), out and err.
     """
 
     def call(module, *flags) -> SimpleNamespace:
@@ -84,7 +80,7 @@ def command(monkeypatch, capsys):
         capsys.readouterr()
         code = 0
         try:
-            fineweb.run_cli(module.main, module.Config)
+            run_cli(module.main, module.Config)
         except SystemExit as stop:
             code = stop.code
         return SimpleNamespace(code=code, **capsys.readouterr()._asdict())
@@ -94,14 +90,12 @@ def command(monkeypatch, capsys):
 
 @pytest.fixture
 def sft_shards(tmp_path, jsonl, command):
-    """sft_shards(rows, "--flag", …) prepares the rows with the bytes encoding, gives the folder."""
+    """sft_shards(rows, "--flag", …) runs sft_data.py on bytes and returns the folder."""
 
     def prepare(rows: list, *flags, name: str = "sft") -> str:
         out = str(tmp_path / name)
-        result = command(
-            sft_data, "--source", jsonl(f"{name}.jsonl", rows), "--encoding", "bytes",
-            "--val_fraction", 0, "--workers", 1, "--out", out, *flags,
-        )  # fmt: skip
+        result = command(sft_data, "--source", jsonl(f"{name}.jsonl", rows), "--encoding", "bytes",
+                         "--val_fraction", 0, "--workers", 1, "--out", out, *flags)
         assert result.code == 0, result.err
         return out
 

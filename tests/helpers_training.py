@@ -1,7 +1,7 @@
-"""What the tests of the model and training side share: tiny models, shards made by hand, two ranks.
+"""Shared by the tests of models and trainers: tiny models, handmade shards, runs on 1 or 2 ranks.
 
-The models here have random weights ten times GPT-2's, biases and layer norms included. A freshly
-initialised GPT-2 has logits near 0, and a tolerance of 1e-4 would let most mistakes pass.
+The models have random weights about ten times as large as GPT-2's, in biases and layer norms too:
+a freshly initialized GPT-2 has logits near 0, where a tolerance of 1e-4 would hide most mistakes.
 """
 
 import atexit
@@ -24,18 +24,20 @@ from torch import Tensor
 import evaluate
 import train_gpt2
 import train_sft
-from fineweb import ShardWriter, write_meta
 from model import GPT, GPTConfig
+from nanosft.shards import ShardWriter, write_meta
 from tokenizer import get_encoding, render
-from train_gpt2 import MicroBatch, Run
+from train_gpt2 import MicroBatch, Ranks
 
-torch.set_num_threads(1)  # tensors this small only lose by sharing the work
+torch.set_num_threads(1)  # sharing tensors this small among threads only costs time
 EOT = 256  # <|endoftext|> of the `bytes` encoding
-ALONE = Run(rank=0, world_size=1, device=torch.device("cpu"))
+ALONE = Ranks(rank=0, world_size=1, device=torch.device("cpu"))
 
 
 def tiny_model(seed: int = 0, spread: float = 0.15, **sizes) -> GPT:
-    sizes = {"block_size": 32, "vocab_size": 320, "n_layer": 2, "n_head": 2, "n_embd": 32} | sizes
+    """A GPT with random weights; as in `bytes`, 261 of its 320 rows are ids in use."""
+    sizes = {"block_size": 32, "vocab_size": 320, "n_vocab": 261, "n_layer": 2, "n_head": 2,
+             "n_embd": 32} | sizes
     torch.manual_seed(seed)
     model = GPT(GPTConfig(**sizes))
     with torch.no_grad():
@@ -51,18 +53,18 @@ def save_tiny_model(folder, seed: int = 0, template: str | None = "chat", **size
 
 
 def gradients(model: GPT) -> list[Tensor]:
-    """A copy of each; a missing gradient fails here."""
+    """A copy of each parameter's gradient; a missing one fails here."""
     return [p.grad.clone() for p in model.parameters()]
 
 
 def plain_loss_sum(model: GPT, x, y, weights=None, segments=None) -> Tensor:
-    """Sum of weight * nll the textbook way: all logits at once, PyTorch's cross-entropy."""
+    """Sum of weight * nll, the textbook way: PyTorch's cross-entropy on the full logits."""
     logits = model(x, segments=segments)  # (B, T, V)
     nll = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none", ignore_index=-100)
     return nll.sum() if weights is None else (nll * weights.flatten()).sum()
 
 
-# ----- shards made by hand -----------------------------------------------------------------------
+# ----- handmade shards ---------------------------------------------------------------------------
 
 
 def random_examples(n: int, seed: int = 0, longest: int = 20) -> list[tuple[list, list]]:
@@ -77,7 +79,7 @@ def random_examples(n: int, seed: int = 0, longest: int = 20) -> list[tuple[list
 
 
 def sft_folder(folder, shard_tokens: int = 10**6, **splits) -> str:
-    """sft_folder(path, train=[(ids, percent), …], val=…): what sft_data.py would write."""
+    """sft_folder(path, train=[(ids, percent), …], val=[…]) writes what sft_data.py would."""
     Path(folder).mkdir(parents=True)
     entries = {}
     for split, examples in splits.items():
@@ -91,7 +93,7 @@ def sft_folder(folder, shard_tokens: int = 10**6, **splits) -> str:
 
 
 def text_folder(folder, shard_tokens: int = 10**6, **splits) -> str:
-    """text_folder(path, train=[id, …], val=…): what fineweb.py would write."""
+    """text_folder(path, train=[id, …], val=[…]) writes what fineweb.py would."""
     Path(folder).mkdir(parents=True)
     entries = {}
     for split, ids in splits.items():
@@ -107,35 +109,50 @@ def _write_meta(folder, kind: str, splits: dict, **more) -> None:
     write_meta(Path(folder), meta | {"splits": splits})
 
 
+def flip_a_bit(shard: Path) -> None:
+    """Damage a shard so that length and dtype still fit, and only its sha256 can tell."""
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+
+
 def chat_example(question: str, answer: str) -> tuple[list[int], list[int]]:
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     return render(get_encoding("bytes"), messages)
 
 
-# ----- whole runs of main(Config), and what is left of them --------------------------------------
+# ----- whole training runs, and what they leave --------------------------------------------------
 
-TINY = {"device": "cpu", "init": "scratch", "n_layer": 1, "n_head": 2, "n_embd": 16,
-        "block_size": 16, "batch_size": 2, "rows_per_step": 4, "warmup_steps": 2,
-        "learning_rate": 1e-2, "eval_every": 3, "save_every": 2}  # fmt: skip
+SIZES = {"n_layer": 1, "n_head": 2, "n_embd": 16}  # only for --init scratch
+TINY = {"device": "cpu", "init": "scratch", **SIZES, "block_size": 16, "batch_size": 2,
+        "rows_per_step": 4, "warmup_steps": 2, "learning_rate": 1e-2, "eval_every": 3,
+        "save_every": 2}
+
+
+def tiny_flags(flags: dict) -> dict:
+    """TINY with these flags over it, and without sizes where --init brings its own."""
+    own_sizes = flags.get("init", "scratch") != "scratch"
+    defaults = {key: value for key, value in TINY.items() if not (own_sizes and key in SIZES)}
+    return defaults | flags
 
 
 def quietly(main, config) -> str:
-    """Run main(config); what it printed."""
+    """Run main(config) and return what it printed."""
     with contextlib.redirect_stdout(io.StringIO()) as out:
         main(config)
     return out.getvalue()
 
 
 def pretrain(data, out, **flags) -> str:
-    return quietly(train_gpt2.main, train_gpt2.Config(str(data), str(out), **(TINY | flags)))
+    return quietly(train_gpt2.main, train_gpt2.Config(str(data), str(out), **tiny_flags(flags)))
 
 
 def fine_tune(data, out, **flags) -> str:
-    return quietly(train_sft.main, train_sft.Config(str(data), str(out), **(TINY | flags)))
+    return quietly(train_sft.main, train_sft.Config(str(data), str(out), **tiny_flags(flags)))
 
 
 def metrics(out) -> list[dict]:
-    """metrics.jsonl without the two keys that tell the time."""
+    """metrics.jsonl without the two keys that depend on the clock."""
     rows = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in row.items() if k not in ("dt", "tokens_per_s")} for row in rows]
 
@@ -145,32 +162,32 @@ def weights_of(out) -> list[Tensor]:
 
 
 def assert_weights_close(a, b) -> None:
-    """Up to rounding: 1e-6, but for the biases of the keys.
+    """Equal up to rounding, 1e-6, except for the biases of the keys.
 
-    Adding the same to all keys changes no softmax, so their gradient is 0 but for rounding, and
-    Adam, which divides by a gradient's size, makes steps of mere rounding.
+    Adding the same vector to all keys does not change the softmax, so the gradient of that bias is
+    nothing but rounding errors, which Adam scales up to steps of full size.
     """
+    C = TINY["n_embd"]
     for x, y in zip(weights_of(a), weights_of(b), strict=True):
-        C = TINY["n_embd"]
         if x.shape == (3 * C,):  # c_attn.bias: queries, keys, values
             x, y = (torch.cat([bias[:C], bias[2 * C :]]) for bias in (x, y))
         torch.testing.assert_close(x, y, atol=1e-6, rtol=1e-4)
 
 
-# ----- one step, its gradient kept ---------------------------------------------------------------
+# ----- one optimizer step and its gradients ------------------------------------------------------
 
 
 class KeepGradients(torch.optim.SGD):
-    """In place of an optimiser: a step keeps the gradients and changes nothing."""
+    """An optimizer whose step only keeps the gradients."""
 
     def step(self):
         self.kept = [p.grad.clone() for group in self.param_groups for p in group["params"]]
 
 
-def step_gradients(model, micro_batches, run=ALONE, forward=train_sft.forward_sft):
+def step_gradients(model, micro_batches, ranks=ALONE, forward=train_sft.forward_sft):
     """(metrics, gradients) of train_gpt2.train_step."""
     optimizer = KeepGradients(model.parameters(), lr=0.0)
-    row = train_gpt2.train_step(model, optimizer, micro_batches, 0.0, 0.0, run, forward)
+    row = train_gpt2.train_step(model, optimizer, micro_batches, 0.0, 0.0, ranks, forward)
     return row, optimizer.kept
 
 
@@ -182,14 +199,14 @@ def pick(batch: MicroBatch, *rows: int) -> MicroBatch:
 
 
 def step_cases() -> dict[str, MicroBatch]:
-    """Four rows of unequal lengths, with weights of 7, 50 and 100 %, two examples in a row."""
+    """Micro-batches of four rows of unequal lengths, two examples in each, weights in percent."""
     T, random = 12, torch.Generator().manual_seed(0)
     ids = torch.randint(0, 256, (4, T + 1), generator=random)
     percent = torch.tensor([0, 7, 50, 100])[torch.randint(0, 4, (4, T), generator=random)]
     segments = (torch.arange(T) >= 5).long().expand(4, T).clone()
-    for row, n in enumerate((12, 11, 8, 3)):  # places that are no padding
+    for row, n in enumerate((12, 11, 8, 3)):  # non-padding positions
         percent[row, n:], segments[row, n:] = 0, -1
-    silent = {
+    untrained = {  # case -> rows without a trained token
         "weights of 7, 50 and 100 %": [],
         "a row without a trained token": [1],
         "a rank without a trained token": [2, 3],
@@ -197,7 +214,7 @@ def step_cases() -> dict[str, MicroBatch]:
         "no trained token at all": [0, 1, 2, 3],
     }
     cases = {}
-    for name, rows in silent.items():
+    for name, rows in untrained.items():
         case, seen = percent.clone(), segments.clone()
         case[rows] = 0
         if name == "a short last batch":
@@ -207,12 +224,12 @@ def step_cases() -> dict[str, MicroBatch]:
     return cases
 
 
-# ----- two ranks over Gloo, started once for all that they are asked -----------------------------
+# ----- two ranks over Gloo, started once for all tests -------------------------------------------
 
 
 @functools.cache
 def two_ranks() -> Path:
-    """A folder with what two processes made of `step_cases`, two training runs and evaluate."""
+    """A folder with what two ranks made of `step_cases`, two training runs and evaluate.py."""
     folder = Path(tempfile.mkdtemp(prefix="nanosft_two_ranks_"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     sft_folder(folder / "sft", train=random_examples(23), val=random_examples(5, seed=1))
@@ -224,37 +241,37 @@ def two_ranks() -> Path:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_rank, args=(port, folder), nprocs=2)
+    torch.multiprocessing.spawn(_run_rank, args=(port, folder), nprocs=2)
     return folder
 
 
 def evaluate_both(folder: Path, save: str) -> str:
-    """What evaluate.py prints; 7 rows, so that two ranks have unequal shares."""
+    """What evaluate.py prints for 7 rows, of which two ranks have unequal shares."""
     config = evaluate.Config(str(folder / "model"), str(folder / "rows.jsonl"), device="cpu",
-                             max_new_tokens=8, batch_size=3, save=str(folder / save))  # fmt: skip
+                             max_new_tokens=8, batch_size=3, save=str(folder / save))
     return quietly(evaluate.main, config)
 
 
-def _rank(rank: int, port: int, folder: Path) -> None:
+def _run_rank(rank: int, port: int, folder: Path) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
-                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
-    run = train_gpt2.setup_distributed("cpu")
+    ranks = train_gpt2.setup_distributed("cpu")
     end_group = torch.distributed.destroy_process_group
-    torch.distributed.destroy_process_group = lambda: None  # each main below would end the group
+    torch.distributed.destroy_process_group = lambda: None  # the runs below share one group
     model = torch.nn.parallel.DistributedDataParallel(tiny_model())
     found = {}
     for name, batch in step_cases().items():
         mine = pick(batch, 2 * rank, 2 * rank + 1)
-        found[name] = step_gradients(model, [mine], run)
+        found[name] = step_gradients(model, [mine], ranks)
         one_by_one = [pick(batch, rank), pick(batch, 2 + rank)]
-        found[name, "one by one"] = step_gradients(model, one_by_one, run)
+        found[name, "one by one"] = step_gradients(model, one_by_one, ranks)
 
-    def round_the_wrapper(model, *batch):
+    def forward_past_ddp(model, *batch):
         return train_sft.forward_sft(model.module, *batch)
 
     batch = pick(step_cases()["weights of 7, 50 and 100 %"], 2 * rank, 2 * rank + 1)
-    found["round the wrapper"] = step_gradients(model, [batch], run, round_the_wrapper)
+    found["past DDP"] = step_gradients(model, [batch], ranks, forward_past_ddp)
     torch.save(found, folder / f"rank_{rank}.pt")
 
     fine_tune(folder / "sft", folder / "out_sft", epochs=2, batch_size=1)

@@ -1,54 +1,121 @@
-"""The README is tested like code: its examples run, and its commands have the flags they name."""
+"""The documentation is tested: examples run, commands have the flags they name, links work."""
 
 import doctest
 import importlib
+import itertools
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import tyro
 
-ROOT = Path(__file__).parent.parent
-SCRIPTS = ("fineweb", "train_gpt2", "sft_data", "train_sft", "evaluate", "chat", "bench", "plot")
+import sft_data
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+COMMANDS = ("fineweb", "train_gpt2", "sft_data", "train_sft", "evaluate", "chat", "data.worksheet",
+            "tools.bench", "tools.plot", "tools.compare_peers", "tools.ablations")
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)  # (language, code)
 
 
-def commands() -> list[tuple[str, list[str]]]:
-    """(script, its arguments) of every command in the README, the docstrings and runs/*.sh."""
-    sources = [ROOT / "README.md", *ROOT.glob("*.py"), *ROOT.glob("runs/*.sh")]
-    found = []
-    for path in sources:
-        text = path.read_text().replace("\\\\\n", " ").replace("\\\n", " ")
-        pattern = rf"^[ `]*(?:python|torchrun)\b[^\n`]*?\b({'|'.join(SCRIPTS)})\.py([^\n`|;&>)]*)"
-        for script, rest in re.findall(pattern, text, re.MULTILINE):
-            if "$" in rest or "[" in rest or "..." in rest:
-                rest = re.sub(r"\[[^]]*\]|\.\.\.", "", rest)
-            found.append((script, shlex.split(rest.split("  #")[0])))
-    return found
+def lines_of(path: Path) -> list[str]:
+    """The lines of a file with continued ones joined; of Markdown only the code, also inline."""
+    text = path.read_text()
+    if path.suffix == ".md":
+        inline = re.findall(r"`([^`]+)`", FENCE.sub("", text))  # it may wrap
+        text = "".join(code for _, code in FENCE.findall(text))
+        text += "".join(" ".join(span.split()) + "\n" for span in inline)
+    return re.sub(r"\\+\n\s*", " ", text).splitlines()
 
 
-def test_the_examples_in_the_readme_give_what_they_say():
+def commands_in(line: str) -> list[tuple[str, str]]:
+    """(module, its arguments) of each command; `both` is the torchrun of runs/lesson.sh.
+
+    >>> commands_in("A=1 torchrun --standalone train_sft.py --data d | tee log")
+    [('train_sft', '--data d')]
+    >>> commands_in("run python -m tools.plot a.jsonl  # two panels")
+    [('tools.plot', 'a.jsonl')]
+    """
+    names = "|".join(map(re.escape, COMMANDS))
+    pattern = rf"\b(?:python|torchrun|both) [^|;&>]*?(?:-m )?\b({names})\b(\.py)?([^|;&>]*)"
+    return [(name, arguments.split("  #")[0].strip())
+            for name, suffix, arguments in re.findall(pattern, line)
+            if suffix or "." in name]
+
+
+def all_commands() -> list[tuple[str, str]]:
+    """Of the documentation, the docstrings and the run scripts."""
+    patterns = ("*.md", "docs/*.md", "data/*.md", "*.py", "nanosft/*.py", "tools/*.py",
+                "data/*.py", "runs/*.sh")
+    paths = [path for pattern in patterns for path in ROOT.glob(pattern) if path.name != "LOG.md"]
+    return [found for path in paths for line in lines_of(path) for found in commands_in(line)]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_documented_command_has_the_flags_it_names(name):
+    """tyro parses each complete command as it would on the command line."""
+    config = importlib.import_module(name).Config
+    known = {name for field in config.__dataclass_fields__ for name in (field, f"no_{field}")}
+    documented = [arguments for found, arguments in all_commands() if found == name and arguments]
+    assert documented, f"no example anywhere shows how to use {name}"
+    for arguments in documented:
+        flags = {flag.replace("-", "_") for flag in re.findall(r"(?<![\w-])--([\w-]+)", arguments)}
+        assert flags <= known, f"{name} {arguments}"
+        if not re.search(r"[${[…]|\.\.\.", arguments):  # variables, options, or left open
+            tyro.cli(config, args=shlex.split(arguments), use_underscores=True)
+
+
+def test_examples_in_the_readme_print_what_they_say():
     result = doctest.testfile(str(ROOT / "README.md"), module_relative=False)
-    assert result.attempted >= 5
-    assert result.failed == 0
+    assert (result.attempted > 0, result.failed) == (True, 0)
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_every_flag_in_the_readme_and_the_run_scripts_exists(script):
-    """tyro parses each command as the script itself would; an unknown flag ends in SystemExit."""
-    config = importlib.import_module(script).Config
-    mine = [args for name, args in commands() if name == script]
-    assert mine, f"no command anywhere shows how to use {script}.py"
-    for args in mine:
-        flags = {arg.split("=")[0] for arg in args if arg.startswith("--")}
-        known = {f"--{name}" for name in config.__dataclass_fields__}
-        known |= {f"--no-{name}" for name in config.__dataclass_fields__}
-        assert flags <= known, f"{script}.py {' '.join(args)}"
-        if not any("$" in arg for arg in args):
-            tyro.cli(config, args=args, use_underscores=True)
+def test_sft_data_commands_in_the_readme_print_what_it_shows(tmp_path, monkeypatch, command):
+    """Each bash block of `echo` and `sft_data.py`, compared with the block of output after it."""
+    monkeypatch.chdir(tmp_path)
+    blocks, n_compared = FENCE.findall(README), 0
+    for (language, code), (_, shown) in itertools.pairwise(blocks):
+        if language != "bash" or not re.fullmatch(r"((echo|python sft_data\.py) .*\n)+", code):
+            continue
+        for line in code.splitlines():
+            if line.startswith("echo"):
+                subprocess.run(line, shell=True, check=True)
+            else:
+                result = command(sft_data, *shlex.split(line)[2:])
+                assert result.code == 0, result.err
+        assert shown in result.out
+        n_compared += 1
+    assert n_compared > 0
 
 
-def test_every_file_that_the_readme_links_exists():
-    links = re.findall(r"\]\(([^)#:]+)\)", (ROOT / "README.md").read_text())
-    assert links
-    assert [link for link in links if not (ROOT / link).exists()] == []
+def test_every_linked_file_exists():
+    links = re.findall(r"\]\(([^)#:]+)\)", README)
+    assert links and [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_every_docstring_example_runs(pytestconfig):
+    """`pytest` collects each file with an example: --doctest-modules looks in `testpaths` only."""
+    assert pytestconfig.getoption("doctestmodules")
+    collected = {file for pattern in pytestconfig.getini("testpaths")
+                 for path in ROOT.glob(pattern) for file in (path, *path.rglob("*.py"))}
+    patterns = ("*.py", "nanosft/*.py", "tools/*.py", "data/*.py", "tests/*.py")
+    files = [path for pattern in patterns for path in ROOT.glob(pattern)]
+    with_examples = {path for path in files if re.search(r"^ +>>> ", path.read_text(), re.M)}
+    assert ROOT / "nanosft/sources.py" in with_examples
+    assert with_examples <= collected
+
+
+@pytest.mark.parametrize("name", ["data.worksheet", "tools.plot"])
+def test_package_of_the_same_name_elsewhere_does_not_shadow_ours(name, tmp_path, monkeypatch):
+    """An installed `data` or `tools` comes first if ours has no __init__.py."""
+    package, module = name.split(".")
+    ours = ROOT / package / f"{module}.py"
+    (tmp_path / package).mkdir()
+    (tmp_path / package / "__init__.py").write_text("raise ImportError('not ours')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    done = subprocess.run([sys.executable, "-m", name, "--help"], cwd=ROOT, capture_output=True,
+                          text=True)
+    assert (done.returncode, done.stderr) == (0, "") and f"usage: {ours}" in done.stdout

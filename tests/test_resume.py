@@ -1,15 +1,17 @@
-"""A run that was killed and resumed is the run that was not, bit for bit."""
+"""A run that was killed and resumed equals one that was not, bit for bit; and a run's files."""
 
+import dataclasses
 import json
 import os
+import platform
 import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from helpers_training import (
-    TINY,
     assert_weights_close,
     fine_tune,
     metrics,
@@ -18,19 +20,24 @@ from helpers_training import (
     save_tiny_model,
     sft_folder,
     text_folder,
+    tiny_flags,
     tiny_model,
     weights_of,
 )
 
 import train_gpt2
-from train_gpt2 import load_checkpoint, make_optimizer, open_metrics, save_checkpoint
+import train_sft
+from model import GPTConfig
+from nanosft import checkpoint
+from nanosft.cli import UserError
+from train_gpt2 import load_checkpoint, make_model, make_optimizer, save_checkpoint
 
 RUNS = {"pretraining": pretrain, "sft": fine_tune}
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """{kind: shards}: 11 rows of text, 11 examples, so 3 steps an epoch, the last one short."""
+    """Shards of each kind with 11 rows: 3 steps an epoch, the last one short."""
     folder = tmp_path_factory.mktemp("data")
     ids = np.random.default_rng(0).integers(0, 257, 16 * 11 + 3).tolist()
     examples = random_examples(11, longest=17)
@@ -46,7 +53,7 @@ FLAGS = {"pretraining": {"epochs": 3}, "sft": {"epochs": 3, "layout": "pad"}}  #
 
 @pytest.fixture(scope="module")
 def whole(data, tmp_path_factory):
-    """{kind: folder of a run of 9 steps that nobody killed}."""
+    """An uninterrupted run of 9 steps of each kind."""
     folder = tmp_path_factory.mktemp("whole")
     for kind, run in RUNS.items():
         run(data[kind], folder / kind, **FLAGS[kind])
@@ -55,7 +62,7 @@ def whole(data, tmp_path_factory):
 
 
 def kill_before(step, run, *args, monkeypatch, **flags):
-    """A run that dies after `step` steps, as by a signal."""
+    """Start a run that is killed after `step` steps."""
     get_lr = train_gpt2.get_lr
 
     def get_lr_or_die(now, *args):
@@ -69,8 +76,9 @@ def kill_before(step, run, *args, monkeypatch, **flags):
             run(*args, **flags)
 
 
-def steps_in(out) -> list[str]:
-    return sorted(path.name for path in Path(out).iterdir() if path.name != "metrics.jsonl")
+def checkpoints_in(out) -> list[str]:
+    """What is in OUT beside metrics.jsonl and run.json."""
+    return sorted({path.name for path in Path(out).iterdir()} - {"metrics.jsonl", "run.json"})
 
 
 def assert_bitwise_equal(a, b):
@@ -78,23 +86,23 @@ def assert_bitwise_equal(a, b):
     assert all(torch.equal(x, y) for x, y in zip(weights_of(a), weights_of(b), strict=True))
 
 
-# save_every 2: killed before step 5 it resumes from 4, in the second epoch, which ends with 6;
-# save_every 3: from 3, exactly the edge between the first two epochs
-@pytest.mark.parametrize("save_every, killed, newest", [(2, 5, 4), (3, 5, 3), (2, 8, 8)])
+# killed after 5 steps, a run resumes from step 4 within an epoch, or from step 3, where one ends;
+# killed after 1 it has no checkpoint and starts again
+@pytest.mark.parametrize("save_every, killed, newest",
+                         [(2, 5, ["step_000004"]), (3, 5, ["step_000003"]), (2, 1, [])])
 @pytest.mark.parametrize("kind", RUNS)
-def test_resumed_equals_uninterrupted_bit_for_bit(
-    kind, save_every, killed, newest, data, whole, tmp_path, monkeypatch
-):
+def test_resumed_run_equals_uninterrupted_run_bitwise(
+        kind, save_every, killed, newest, data, whole, tmp_path, monkeypatch):
     run, out = RUNS[kind], tmp_path / "out"
     flags = FLAGS[kind] | {"save_every": save_every}
     kill_before(killed, run, data[kind], out, monkeypatch=monkeypatch, **flags)
     assert len(metrics(out)) == killed
-    assert steps_in(out)[-1] == f"step_{newest:06d}"
+    assert checkpoints_in(out)[-1:] == newest
     run(data[kind], out, resume=True, **flags)
     assert_bitwise_equal(out, whole[kind])
 
 
-def test_a_run_survives_being_killed_twice(data, whole, tmp_path, monkeypatch):
+def test_run_may_be_killed_twice(data, whole, tmp_path, monkeypatch):
     out, flags = tmp_path / "out", FLAGS["sft"]
     kill_before(3, fine_tune, data["sft"], out, monkeypatch=monkeypatch, **flags)
     kill_before(7, fine_tune, data["sft"], out, monkeypatch=monkeypatch, resume=True, **flags)
@@ -102,49 +110,65 @@ def test_a_run_survives_being_killed_twice(data, whole, tmp_path, monkeypatch):
     assert_bitwise_equal(out, whole["sft"])
 
 
+@pytest.mark.parametrize("exists", [True, False], ids=["empty folder", "no folder"])
+def test_resume_starts_at_step_0_where_there_is_nothing_to_resume(exists, data, whole, tmp_path):
+    out = tmp_path / "out"
+    if exists:
+        out.mkdir()
+    fine_tune(data["sft"], out, resume=True, **FLAGS["sft"])
+    assert_bitwise_equal(out, whole["sft"])
+
+
 @pytest.mark.parametrize("kind", RUNS)
-def test_resuming_a_finished_run_says_so_and_changes_nothing(kind, data, whole):
+def test_resuming_a_finished_run_reports_it_and_changes_no_file(kind, data, whole):
     before = {path: path.read_bytes() for path in whole[kind].rglob("*") if path.is_file()}
-    said = RUNS[kind](data[kind], whole[kind], resume=True, **FLAGS[kind])
-    assert "is finished: step 9 of 9" in said
+    printed = RUNS[kind](data[kind], whole[kind], resume=True, **FLAGS[kind])
+    assert "is finished: step 9 of 9" in printed
     assert before == {path: path.read_bytes() for path in whole[kind].rglob("*") if path.is_file()}
 
 
-IDENTITY = {
-    "init": "elsewhere", "n_layer": 2, "n_head": 1, "n_embd": 32, "block_size": 8,
-    "rows_per_step": 2, "learning_rate": 1e-3, "warmup_steps": 3, "weight_decay": 0.5,
-    "grad_clip": 0.5, "seed": 1, "epochs": 2, "max_steps": 8,
-}  # fmt: skip
-SFT_IDENTITY = {"layout": "fit", "isolate": False, "loss_on": "all", "overlong": "drop",
-                "max_examples": 10}  # fmt: skip
+MUST_NOT_CHANGE = {"init": "elsewhere", "n_layer": 2, "n_head": 1, "n_embd": 32, "block_size": 8,
+                   "rows_per_step": 2, "learning_rate": 1e-3, "warmup_steps": 3,
+                   "weight_decay": 0.5, "grad_clip": 0.5, "seed": 1, "epochs": 2, "max_steps": 8}
+SFT_MUST_NOT_CHANGE = {"layout": "fit", "isolate": False, "loss_on": "all", "overlong": "drop",
+                       "max_examples": 10}
 
 
-@pytest.mark.parametrize(
-    "kind, key, value",
-    [(kind, *item) for kind in RUNS for item in IDENTITY.items()]
-    + [("sft", *item) for item in SFT_IDENTITY.items()],
-)
-def test_resume_refuses_flags_that_would_make_another_run(kind, key, value, data, whole):
-    assert (TINY | FLAGS[kind]).get(key, "its default") != value
-    with pytest.raises(ValueError, match=r"--resume: .* give the run's own flags") as error:
+@pytest.mark.parametrize("kind, key, value",
+                         [(kind, *item) for kind in RUNS for item in MUST_NOT_CHANGE.items()]
+                         + [("sft", *item) for item in SFT_MUST_NOT_CHANGE.items()])
+def test_resume_refuses_flags_of_another_run(kind, key, value, data, whole):
+    name = "steps" if key in ("epochs", "max_steps") else key
+    with pytest.raises(UserError, match=rf"--resume: {name} is .*, but .*; use the run's own"):
         RUNS[kind](data[kind], whole[kind], resume=True, **(FLAGS[kind] | {key: value}))
-    assert "\n" not in str(error.value)
-    assert {"epochs": "steps", "max_steps": "steps"}.get(key, key) in str(error.value)
+
+
+def test_each_flag_either_may_change_or_is_tested_to_be_refused():
+    flags = {field.name for field in dataclasses.fields(train_sft.Config)}
+    refused = {*MUST_NOT_CHANGE, *SFT_MUST_NOT_CHANGE} - {"epochs", "max_steps"}
+    assert flags == checkpoint.MAY_CHANGE | refused
+    assert not checkpoint.MAY_CHANGE & refused
 
 
 def test_resume_refuses_other_data_of_the_same_size(data, whole):
-    with pytest.raises(ValueError, match="--resume: data sha256 is other data"):
+    with pytest.raises(UserError, match="--resume: the data is not what the run in --out was"):
         fine_tune(data["other"], whole["sft"], resume=True, **FLAGS["sft"])
 
 
-def test_what_does_not_change_the_run_may_change_when_it_is_resumed(
-    data, whole, tmp_path, monkeypatch
-):
-    out = tmp_path / "out"
+def test_other_flags_may_change_and_the_changes_are_printed(data, whole, tmp_path, monkeypatch):
+    out, moved = tmp_path / "out", tmp_path / "moved"
     kill_before(5, fine_tune, data["sft"], out, monkeypatch=monkeypatch, **FLAGS["sft"])
-    moved = shutil.copytree(data["sft"], tmp_path / "moved")
-    free = {"batch_size": 4, "eval_every": 0, "save_every": 0, "log_every": 1, "eval_prompts": 0}
-    fine_tune(moved, out, resume=True, **(FLAGS["sft"] | free))
+    shutil.copytree(data["sft"], moved)
+    free = {"epochs": 1, "max_steps": 9, "batch_size": 4, "eval_every": 0, "log_every": 1}
+    printed = fine_tune(moved, out, resume=True, **(FLAGS["sft"] | free))
+    assert [line for line in printed.splitlines() if line.startswith("resume")] == [
+        f"resume data {moved} (was {data['sft']})",
+        "resume batch_size 4 (was 2)",
+        "resume epochs 1 (was 3)",
+        "resume max_steps 9 (was None)",
+        "resume eval_every 0 (was 3)",
+        "resume log_every 1 (was 10)",
+    ]
     for a, b in zip(metrics(out), metrics(whole["sft"]), strict=True):
         for key in ("step", "loss", "lr", "grad_norm", "tokens", "trained_tokens"):
             assert a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-6)
@@ -152,34 +176,43 @@ def test_what_does_not_change_the_run_may_change_when_it_is_resumed(
 
 
 def test_without_resume_a_folder_that_holds_a_run_is_left_alone(data, whole):
-    with pytest.raises(ValueError, match="already holds files; --resume goes on with the run"):
+    with pytest.raises(UserError, match="is not empty; continue the run with --resume or choose"):
         fine_tune(data["sft"], whole["sft"], **FLAGS["sft"])
 
 
-def test_resume_without_a_checkpoint_is_refused(data, tmp_path):
-    with pytest.raises(ValueError, match="no checkpoint to resume; leave --resume out"):
-        fine_tune(data["sft"], tmp_path / "out", resume=True)
+@pytest.mark.parametrize("version", [None, 1, 3])
+def test_checkpoint_of_another_version_is_refused_by_resume_and_loads_with_init(
+        version, data, whole, tmp_path):
+    out = shutil.copytree(whole["sft"], tmp_path / "out")
+    path = out / "step_000009" / "training_state.pt"
+    state = torch.load(path) | {"version": version}
+    if version is None:  # the first format had no version
+        del state["version"]
+    torch.save(state, path)
+    with pytest.raises(UserError, match=f"has format version {version or 1}, expected 2; start a "
+                                        f"new run with --init {path.parent}"):
+        fine_tune(data["sft"], out, resume=True, **FLAGS["sft"])
+    fine_tune(data["sft"], tmp_path / "new", init=str(path.parent), max_steps=1)
+    assert checkpoints_in(tmp_path / "new") == ["step_000001"]
 
 
-# ----- metrics.jsonl -----------------------------------------------------------------------------
+# ----- metrics.jsonl and run.json ----------------------------------------------------------------
 
 
 def test_metrics_are_cut_after_the_step_that_the_run_resumes_from(
-    data, whole, tmp_path, monkeypatch
-):
+        data, whole, tmp_path, monkeypatch):
     out = tmp_path / "out"
     kill_before(5, fine_tune, data["sft"], out, monkeypatch=monkeypatch, **FLAGS["sft"])
-    with (out / "metrics.jsonl").open("a") as log:  # step 5 is there; 4 has the checkpoint
+    with (out / "metrics.jsonl").open("a") as log:  # it holds steps 1 to 5; step 4 was saved
         log.write('{"step": 6, "loss": 1e9}\n{"step": 7, "lo')
     fine_tune(data["sft"], out, resume=True, **FLAGS["sft"])
     assert metrics(out) == metrics(whole["sft"])
 
 
-def test_a_half_line_is_dropped_even_where_its_step_would_count(tmp_path):
+def test_half_a_line_is_dropped_even_where_its_step_would_be_kept(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3')
-    with open_metrics(str(tmp_path), 3) as log:
-        log.write('{"step": 4}\n')
-    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n{"step": 4}\n'
+    checkpoint.Metrics(train_gpt2.Config("", str(tmp_path)), {}, steps_done=3, n_steps=9).open()
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
 
 
 def test_metrics_hold_the_promised_keys(whole):
@@ -187,18 +220,57 @@ def test_metrics_hold_the_promised_keys(whole):
     promised = {"step", "loss", "lr", "grad_norm", "tokens", "trained_tokens", "dt", "tokens_per_s"}
     assert all(promised <= row.keys() for row in rows)
     assert ["val_loss" in row for row in rows] == [False, False, True] * 3  # --eval_every 3
-    # an epoch's 11 rows: 4 + 4 + 3 examples, each trained once
-    assert sum(row["trained_tokens"] for row in rows[:3]) == sum(
-        row["trained_tokens"] for row in rows[3:6]
-    )
+    # each epoch trains the same 11 examples, in steps of 4, 4 and 3
+    trained = [row["trained_tokens"] for row in rows]
+    assert sum(trained[:3]) == sum(trained[3:6]) == sum(trained[6:])
+
+
+def test_run_json_holds_flags_data_command_and_versions(data, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["train_sft.py", "--data", "my data"])
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    flags = FLAGS["sft"] | {"max_steps": 1}
+    fine_tune(data["sft"], tmp_path / "out", **flags)
+    found = json.loads((tmp_path / "out" / "run.json").read_text())
+    config = train_sft.Config(data["sft"], str(tmp_path / "out"), **tiny_flags(flags))
+    assert dataclasses.asdict(config).items() <= found.items()
+    assert (found["steps"], found["world_size"]) == (1, 1)
+    assert found["command"] == "train_sft.py --data 'my data'"
+    versions = [found[name] for name in ("python", "torch", "numpy")]
+    assert versions == [platform.python_version(), torch.__version__, np.__version__]
+    assert {"tiktoken", "safetensors"} <= found.keys()
+    assert found["git_commit"] == checkpoint.git_commit()
+    meta = json.loads(Path(data["sft"], "meta.json").read_text())
+    assert found["data_sha256"] == [meta["splits"][split]["files"][0]["sha256"]
+                                    for split in ("train", "val")]
+
+
+def test_git_commit_is_marked_dirty_where_files_differ_and_none_without_git(tmp_path, monkeypatch):
+    def git(*words) -> str:
+        return subprocess.check_output(["git", "-c", "user.name=a", "-c", "user.email=a", *words],
+                                       cwd=tmp_path, text=True).strip()
+
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
+    monkeypatch.setattr(checkpoint, "__file__", str(tmp_path / "checkpoint.py"))
+    assert checkpoint.git_commit() is None  # no repository
+    (tmp_path / "file").write_text("a")
+    git("init")
+    git("add", "file")
+    git("commit", "-m", "first")
+    git("tag", "-a", "v1", "-m", "a tag must not replace the commit")
+    head = git("rev-parse", "HEAD")
+    assert len(head) == 40 and checkpoint.git_commit() == head
+    (tmp_path / "file").write_text("b")
+    assert checkpoint.git_commit() == f"{head}-dirty"
+    monkeypatch.setenv("PATH", "")
+    assert checkpoint.git_commit() is None  # no git
 
 
 # ----- checkpoints -------------------------------------------------------------------------------
 
 
-def test_a_crash_while_saving_leaves_the_previous_checkpoint_and_no_half_one(
-    data, whole, tmp_path, monkeypatch
-):
+def test_crash_while_saving_leaves_the_previous_checkpoint_and_no_half_one(
+        data, whole, tmp_path, monkeypatch):
     out, save = tmp_path / "out", torch.save
     calls = []
 
@@ -213,26 +285,26 @@ def test_a_crash_while_saving_leaves_the_previous_checkpoint_and_no_half_one(
         patch.setattr(torch, "save", save_or_die)
         with pytest.raises(OSError, match="No space left"):
             fine_tune(data["sft"], out, **FLAGS["sft"])
-    assert [name for name in steps_in(out) if name.startswith("step_")] == ["step_000002"]
+    assert checkpoints_in(out) == ["step_000002", "tmp_step_000004"]
     assert load_checkpoint(str(out))[1]["step"] == 2
     fine_tune(data["sft"], out, resume=True, **FLAGS["sft"])
     assert_bitwise_equal(out, whole["sft"])
-    assert steps_in(out) == [f"step_{step:06d}" for step in (2, 4, 6, 8, 9)]
+    assert checkpoints_in(out) == [f"step_{step:06d}" for step in (2, 4, 6, 8, 9)]
 
 
-def test_a_checkpoint_is_flushed_before_it_gets_its_name(tmp_path, monkeypatch):
+def test_checkpoint_is_flushed_before_it_is_renamed(tmp_path, monkeypatch):
     flushed, sync = [], os.fsync
 
     def note(descriptor):
         flushed.append(os.fstat(descriptor).st_ino)
-        renamed = (tmp_path / "step_000001").exists()
-        assert renamed == (flushed[-1] == tmp_path.stat().st_ino)  # the run's folder comes last
+        is_renamed = (tmp_path / "step_000001").exists()
+        assert is_renamed == (flushed[-1] == tmp_path.stat().st_ino)  # the run's folder comes last
         sync(descriptor)
 
     monkeypatch.setattr(os, "fsync", note)
     model = tiny_model(n_layer=1)
-    config = train_gpt2.Config("", "")
-    save_checkpoint(str(tmp_path), 1, model, make_optimizer(model, config), {})
+    optimizer = make_optimizer(model, train_gpt2.Config("", ""))
+    assert save_checkpoint(str(tmp_path), 1, model, optimizer, {}) == tmp_path / "step_000001"
     files = ["config.json", "model.safetensors", "training_state.pt"]
     assert sorted(path.name for path in (tmp_path / "step_000001").iterdir()) == files
     assert all((tmp_path / "step_000001" / name).stat().st_ino in flushed for name in files)
@@ -240,68 +312,77 @@ def test_a_checkpoint_is_flushed_before_it_gets_its_name(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("keep, left", [(0, [2, 4, 6, 8, 9]), (1, [9]), (3, [6, 8, 9])])
-def test_keep_leaves_the_newest_checkpoints(keep, left, data, tmp_path):
+def test_keep_leaves_the_latest_checkpoints(keep, left, data, tmp_path):
     fine_tune(data["sft"], tmp_path / "out", keep=keep, **FLAGS["sft"])
-    assert steps_in(tmp_path / "out") == [f"step_{step:06d}" for step in left]
+    assert checkpoints_in(tmp_path / "out") == [f"step_{step:06d}" for step in left]
 
 
-def test_keep_touches_only_checkpoints_and_counts_a_millionth_step_as_newer(tmp_path):
+def test_keep_deletes_only_checkpoints_and_knows_that_step_1000000_is_later(tmp_path):
     model = tiny_model(n_layer=1)
     optimizer = make_optimizer(model, train_gpt2.Config("", ""))
-    (tmp_path / "step_000003_is_the_good_one").mkdir()
+    (tmp_path / "step_000003_the_best").mkdir()
     for step in (999_999, 1_000_000):
         save_checkpoint(str(tmp_path), step, model, optimizer, {}, keep=1)
-    assert steps_in(tmp_path) == ["step_000003_is_the_good_one", "step_1000000"]
+    assert checkpoints_in(tmp_path) == ["step_000003_the_best", "step_1000000"]
 
 
-def test_a_damaged_training_state_names_the_folder_to_delete(data, whole, tmp_path):
+def test_damaged_training_state_is_named_with_the_folder_to_delete(data, whole, tmp_path):
     out = shutil.copytree(whole["sft"], tmp_path / "out")
     (out / "step_000009" / "training_state.pt").write_bytes(b"half a fi")
-    with pytest.raises(ValueError, match=r"missing or damaged .*; delete .*step_000009") as error:
+    with pytest.raises(UserError, match=r"missing or damaged .*; delete .*step_000009") as error:
         fine_tune(data["sft"], out, resume=True, **FLAGS["sft"])
     assert "\n" not in str(error.value)
 
 
-# ----- --init ------------------------------------------------------------------------------------
+# ----- --init and other flags --------------------------------------------------------------------
 
 
-def test_init_takes_a_run_folder_and_starts_from_its_newest_checkpoint(data, whole, tmp_path):
+def test_init_starts_from_the_latest_checkpoint_of_a_run_folder(data, whole, tmp_path):
     fine_tune(data["sft"], tmp_path / "out", init=str(whole["pretraining"]), max_steps=1,
-              learning_rate=0.0)  # fmt: skip
+              learning_rate=0.0)
     for a, b in zip(weights_of(tmp_path / "out"), weights_of(whole["pretraining"])):
         assert torch.equal(a, b)
     settings = json.loads((tmp_path / "out" / "step_000001" / "config.json").read_text())
     assert (settings["encoding"], settings["template"]) == ("bytes", "chat")
 
 
-@pytest.mark.parametrize(
-    "sizes, message",
-    [
-        ({"vocab_size": 384}, "the model has 384; make the data with the model's encoding"),
-        ({"block_size": 8}, "--block_size 16 is above the model's 8; lower it"),
-    ],
-)
-def test_a_model_that_does_not_fit_the_data_is_refused(sizes, message, data, tmp_path):
+@pytest.mark.parametrize("sizes, message", [
+    ({"vocab_size": 384}, "the model has 384; make the data with the model's encoding"),
+    ({"block_size": 8}, "--block_size 16 is above the model's 8; lower it"),
+])
+def test_model_that_does_not_fit_the_data_is_refused(sizes, message, data, tmp_path):
     folder = save_tiny_model(tmp_path / "model", **sizes)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         fine_tune(data["sft"], tmp_path / "out", init=str(folder))
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    "flags, message",
-    [
-        ({"rows_per_step": 5}, r"--rows_per_step 5 is no multiple of --batch_size 2 x 1 .*; try 6"),
-        ({"max_steps": 0}, "--max_steps 0: it must be at least 1"),
-        ({"n_embd": 15}, "n_embd 15 must be a multiple of n_head 2"),
-        ({"n_embd": 0}, "--n_embd 0: it must be at least 1"),
-        ({"keep": -1}, "--keep -1: it must be at least 0"),
-        ({"log_every": 0}, "--log_every 0: it must be at least 1"),
-        ({"device": "cuda:99"}, "--device cuda:99: not to be had here"),
-        ({"learning_rate": 1e30}, "step .: the loss is .*; lower --learning_rate"),
-    ],
-)
-def test_a_users_mistake_is_a_value_error_in_one_line(flags, message, data, tmp_path):
-    with pytest.raises(ValueError, match=message) as error:
-        pretrain(data["pretraining"], tmp_path / "out", **({"grad_clip": 0.0} | flags))
+@pytest.mark.parametrize("flag", ["n_layer", "n_head", "n_embd"])
+def test_sizes_are_only_for_a_model_from_scratch(flag, data, whole, tmp_path):
+    init = str(whole["pretraining"])
+    with pytest.raises(UserError, match=f"--{flag} 2 is only for --init scratch; --init {init} "):
+        pretrain(data["pretraining"], tmp_path / "out", init=init, **{flag: 2})
+    assert not (tmp_path / "out").exists()
+
+
+def test_sizes_that_are_not_given_are_those_of_gpt2():
+    config = train_gpt2.Config("", "", block_size=16, n_embd=24)
+    found = make_model(config, {"vocab_size": 261}).config
+    assert found == GPTConfig(block_size=16, vocab_size=320, n_layer=12, n_head=12, n_embd=24)
+
+
+@pytest.mark.parametrize("flags, message", [
+    ({"rows_per_step": 5},
+     "--rows_per_step 5 is not a multiple of --batch_size 2 x 1 ranks = 2; try 6"),
+    ({"max_steps": 0}, "--max_steps 0 must be at least 1"),
+    ({"n_embd": 15}, "n_embd 15 is not a multiple of n_head 2"),
+    ({"n_embd": 0}, "--n_embd 0 must be at least 1"),
+    ({"keep": -1}, "--keep -1 must be at least 0"),
+    ({"log_every": 0}, "--log_every 0 must be at least 1"),
+    ({"device": "cuda:99"}, "--device cuda:99: not available here"),
+    ({"learning_rate": 1e30, "grad_clip": 0.0}, "step .: the loss is .*; lower --learning_rate"),
+])
+def test_users_mistake_is_a_user_error_of_one_line(flags, message, data, tmp_path):
+    with pytest.raises(UserError, match=message) as error:
+        pretrain(data["pretraining"], tmp_path / "out", **flags)
     assert "\n" not in str(error.value)

@@ -11,22 +11,15 @@ import random
 from pathlib import Path
 
 import numpy as np
-import pyarrow
-import pyarrow.parquet
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
 import sft_data
-from sft_data import (
-    LAYOUTS,
-    SFTDataset,
-    create_labels,
-    iterate_batches,
-    mark_validation,
-    messages_of,
-    tokenize_prompt_and_output,
-)
+from nanosft.cli import UserError
+from nanosft.sources import messages_of
+from packing import LAYOUTS
+from sft_data import SFTDataset, create_labels, iterate_batches, tokenize_prompt_and_output
 from tokenizer import get_encoding, render, render_text
 
 EOT, SYSTEM, USER, ASSISTANT, END = range(256, 261)  # in the bytes encoding
@@ -37,7 +30,12 @@ def qa(prompt: str = "Q", response: str = "A") -> dict:
     return {"prompt": prompt, "response": response}
 
 
-def rows_of(folder, split: str = "train") -> list[tuple[list[int], list[int]]]:
+def chat(*turns: tuple) -> dict:
+    """chat(("user", "Q"), ("assistant", "A", 0.5)) as a {messages} row."""
+    return {"messages": [dict(zip(("role", "content", "weight"), turn)) for turn in turns]}
+
+
+def examples_in(folder, split: str = "train") -> list[tuple[list[int], list[int]]]:
     """(ids, weights) of each example, read from the files without the code under test."""
     shards = [np.load(path) for path in sorted(Path(folder).glob(f"{split}_*.npy"))]
     ids, weights = np.concatenate(shards, axis=1)
@@ -46,100 +44,27 @@ def rows_of(folder, split: str = "train") -> list[tuple[list[int], list[int]]]:
     return [(part.tolist(), weight.tolist()) for part, weight in parts]
 
 
-def texts_of(folder, split: str = "train") -> list[str]:
-    return [get_encoding("bytes").decode(ids) for ids, _ in rows_of(folder, split)]
+def texts_in(folder, split: str = "train") -> list[str]:
+    return [get_encoding("bytes").decode(ids) for ids, _ in examples_in(folder, split)]
 
 
 def lists(row: dict[str, torch.Tensor]) -> dict[str, list]:
     return {key: value.tolist() for key, value in row.items()}
 
 
-def rows_equal(a: SFTDataset, b: SFTDataset) -> bool:
-    return [lists(a[i]) for i in range(len(a))] == [lists(b[i]) for i in range(len(b))]
+def all_rows(dataset: SFTDataset) -> list[dict[str, torch.Tensor]]:
+    return [dataset[i] for i in range(len(dataset))]
 
 
-# ----- rows in -----------------------------------------------------------------------------------
-
-
-def test_the_examples_in_the_docstrings_are_right():
-    failed, tried = doctest.testmod(sft_data)
-    assert failed == 0
-    assert tried >= 4
-
-
-@pytest.mark.parametrize(
-    "row",
-    [
-        {"prompt": "Q", "response": "A"},
-        {"prompt": "Q", "completion": "A"},
-        {"question": "Q", "answer": "A"},
-        {"instruction": "Q", "output": "A"},
-        {"instruction": "Q", "response": "A"},
-        {"instruction": "Q", "input": "", "output": "A", "text": "Alpaca's own rendering"},
-        {"instruction": "Q", "input": None, "output": "A"},
-        {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]},
-        {"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]},
-        {"conversations": [{"from": "user", "value": "Q"}, {"from": "assistant", "value": "A"}]},
-        {"prompt": "Q", "response": "A", "id": 7, "extra": None},
-    ],
-)
-def test_every_known_form_of_a_row_is_the_same_conversation(bytes_encoding, row):
-    ids, weights = render(bytes_encoding, messages_of(row))
-    assert ids == QA
-    assert weights == [0, 0, 0, 0, 100, 100, 0]
-
-
-def test_the_alpaca_input_belongs_to_the_user_message(bytes_encoding):
-    row = {"instruction": "Q", "input": "x", "output": "A"}
-    assert messages_of(row) == [
-        {"role": "user", "content": "Q", "input": "x"},
-        {"role": "assistant", "content": "A"},
-    ]
-
-
-def test_sharegpt_roles_are_translated_and_others_left_to_be_refused():
-    turns = [{"from": who, "value": "v"} for who in ("system", "human", "gpt", "tool", ["x"], None)]
-    roles = [message["role"] for message in messages_of({"conversations": turns})]
-    assert roles == ["system", "user", "assistant", "tool", ["x"], None]
-
-
-def test_a_text_row_is_trained_whole(sft_shards):
-    assert rows_of(sft_shards([{"text": "ab"}])) == [([97, 98, EOT], [100, 100, 100])]
-
-
-def test_jsonl_json_and_parquet_give_the_same_shards(tmp_path, sft_shards, command):
-    rows = [qa("Q", "A"), qa("é 你", "😀 \u2028")]
-    expected = rows_of(sft_shards(rows))
-    (tmp_path / "a.json").write_text(json.dumps(rows, ensure_ascii=False, indent=2))
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
-    for file in ("a.json", "a.parquet"):
-        flags = ("--encoding", "bytes", "--val_fraction", 0, "--workers", 1)
-        out = tmp_path / file.replace(".", "_")
-        assert command(sft_data, "--source", tmp_path / file, "--out", out, *flags).code == 0
-        assert rows_of(out) == expected
-
-
-def test_parquet_fills_the_gaps_of_nested_rows_with_none(tmp_path, command):
-    """Where one message has a weight, every message of the column has that key."""
-    messages = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
-    weighted = [messages[0], messages[1] | {"weight": 0.5}]
-    table = pyarrow.Table.from_pylist([{"messages": weighted}, {"messages": messages}])
-    assert table.to_pylist()[1]["messages"][0] == messages[0] | {"weight": None}
-    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
-    flags = ("--encoding", "bytes", "--val_fraction", 0, "--workers", 1, "--out", tmp_path / "out")
-    assert command(sft_data, "--source", tmp_path / "a.parquet", *flags).code == 0
-    assert [weights[4] for _, weights in rows_of(tmp_path / "out")] == [50, 100]
+def test_docstring_examples_are_right():
+    assert doctest.testmod(sft_data) == (0, 1)
 
 
 # ----- shards ------------------------------------------------------------------------------------
 
 
-def test_a_shard_is_the_ids_and_below_each_its_weight_in_percent(sft_shards):
-    messages = [
-        {"role": "user", "content": "Q"},
-        {"role": "assistant", "content": "A", "weight": 0.25},
-    ]
-    folder = sft_shards([{"messages": messages}, {"text": "z"}])
+def test_shard_is_the_ids_and_below_each_its_weight_in_percent(sft_shards):
+    folder = sft_shards([chat(("user", "Q"), ("assistant", "A", 0.25)), {"text": "z"}])
     shard = np.load(f"{folder}/train_000000.npy")
     assert shard.dtype == np.uint16
     assert shard.tolist() == [[*QA, 122, EOT], [0, 0, 0, 0, 25, 25, 0, 100, 100]]
@@ -150,26 +75,21 @@ def test_a_shard_is_the_ids_and_below_each_its_weight_in_percent(sft_shards):
 def test_what_goes_into_shards_comes_out_again(tmp_path_factory, pairs):
     folder = tmp_path_factory.mktemp("round")
     (folder / "a.json").write_text(json.dumps([qa(*pair) for pair in pairs]))
-    config = sft_data.Config(
-        source=(str(folder / "a.json"),), out=str(folder / "sft"), encoding="bytes",
-        val_fraction=0, workers=1, shard_tokens=20,
-    )  # fmt: skip
-    sft_data.prepare(config)
-    assert texts_of(folder / "sft") == [
+    sft_data.prepare(sft_data.Config(source=(str(folder / "a.json"),), out=str(folder / "sft"),
+                                     encoding="bytes", val_fraction=0, workers=1, shard_tokens=20))
+    assert texts_in(folder / "sft") == [
         f"<|user|>{prompt}<|end|><|assistant|>{response}<|end|><|endoftext|>"
-        for prompt, response in pairs
-    ]
+        for prompt, response in pairs]
     dataset = SFTDataset(str(folder / "sft"), "train", 10_000, "pad", seed=None)
-    encoding = get_encoding("bytes")
-    for i, (prompt, response) in enumerate(pairs):
-        row = dataset[i]
-        trained = row["labels"][row["labels"] >= 0].tolist()
-        assert encoding.decode(trained) == response + "<|end|>"
-        before = row["input_ids"][: int(row["labels"].ge(0).nonzero()[0])].tolist()
-        assert encoding.decode(before) == f"<|user|>{prompt}<|end|>"
+    decode = get_encoding("bytes").decode
+    for (prompt, response), row in zip(pairs, all_rows(dataset)):
+        trained = row["labels"] >= 0
+        first = int(trained.nonzero()[0])
+        assert decode(row["labels"][trained].tolist()) == response + "<|end|>"
+        assert decode(row["input_ids"][:first].tolist()) == f"<|user|>{prompt}<|end|>"
 
 
-def test_the_shards_do_not_depend_on_the_number_of_workers(tmp_path, sft_shards, monkeypatch):
+def test_bytes_of_the_shards_do_not_depend_on_the_number_of_workers(sft_shards, monkeypatch):
     monkeypatch.setattr(sft_data, "ROWS_A_CHUNK", 3)
     rows = [qa(str(i), "A" * (i % 5 + 1)) for i in range(30)]
     flags = ("--val_fraction", 0.2, "--shard_tokens", 100)
@@ -187,80 +107,64 @@ def test_many_small_shards_read_like_a_large_one(sft_shards, layout):
     whole = sft_shards(rows, name="whole")
     parts = sft_shards(rows, "--shard_tokens", 20, name="parts")
     assert len(list(Path(parts).glob("train_*.npy"))) > 10
-    a, b = (SFTDataset(data, "train", 16, layout) for data in (whole, parts))
-    assert rows_equal(a, b)
+    a, b = (all_rows(SFTDataset(data, "train", 16, layout)) for data in (whole, parts))
+    assert list(map(lists, a)) == list(map(lists, b))
 
 
-def test_meta_says_what_is_in_the_folder(sft_shards):
+def test_meta_json_describes_the_folder(sft_shards):
     folder = sft_shards([qa(), qa("", "AB")], "--train_on", "last_turn")
     meta = json.loads(Path(folder, "meta.json").read_text())
-    split = meta["splits"]["train"]
-    keys = ("version", "kind", "encoding", "vocab_size", "template")
-    assert {key: meta[key] for key in keys} == {
+    del meta["source"], meta["splits"]["train"]["files"]  # as in test_fineweb.py
+    assert meta == {
         "version": 1, "kind": "sft", "encoding": "bytes", "vocab_size": 261, "template": "chat",
-    }  # fmt: skip
-    assert {key: split[key] for key in ("examples", "tokens", "trained_tokens", "shards")} == {
-        "examples": 2, "tokens": 14, "trained_tokens": 5, "shards": 1,
-    }  # fmt: skip
-    assert meta["train_on"] == "last_turn"
+        "train_on": "last_turn",
+        "splits": {"train": {"examples": 2, "tokens": 14, "trained_tokens": 5, "shards": 1}},
+    }
 
 
-# ----- the validation split ----------------------------------------------------------------------
-
-
-def test_one_row_of_every_1_over_fraction_goes_to_validation():
-    """A fraction of 0.25 picks one of the rows 0 to 3, one of 4 to 7, … so no part is left out."""
-    picks = [picked for _, picked in mark_validation(iter(range(40)), 0.25, 0)]
-    assert [sum(picks[i : i + 4]) for i in range(0, 40, 4)] == [1] * 10
-
-
-@pytest.mark.parametrize("fraction", [0.03, 0.05, 1 / 3, 0.5, 0.7, 0.99])
-def test_validation_has_its_share(fraction):
-    picks = [picked for _, picked in mark_validation(iter(range(1000)), fraction, 1)]
-    assert abs(sum(picks) - 1000 * fraction) <= 1
-
-
-@pytest.mark.parametrize("n", [2, 3, 19])
-def test_of_few_rows_one_goes_to_validation(n):
-    picks = [picked for _, picked in mark_validation(iter(range(n)), 0.05, 0)]
-    assert len(picks) == n and sum(picks) == 1
-
-
-def test_the_seed_decides_which_rows_are_validation(sft_shards):
-    rows = [qa(str(i)) for i in range(40)]
-    first, again, other = (
-        sft_shards(rows, "--val_fraction", 0.25, "--seed", seed, name=name)
-        for seed, name in ((0, "a"), (0, "b"), (1, "c"))
-    )
-    assert texts_of(first, "val") == texts_of(again, "val") != texts_of(other, "val")
-    for folder in (first, other):
-        assert len(texts_of(folder, "val")) == 10
-        everything = sorted(texts_of(folder) + texts_of(folder, "val"))
-        assert everything == sorted(texts_of(sft_shards(rows, name=f"{folder}_all")))
-
-
-def test_val_source_is_the_whole_validation_split(jsonl, sft_shards):
-    val = jsonl("val.jsonl", [qa("V")])
-    folder = sft_shards([qa(), qa()], "--val_source", val, "--val_fraction", 0.5)
-    assert texts_of(folder, "val") == ["<|user|>V<|end|><|assistant|>A<|end|><|endoftext|>"]
-    assert len(texts_of(folder)) == 2
-
-
-def test_a_fraction_of_0_makes_no_validation_split(sft_shards):
-    folder = sft_shards([qa()] * 30, "--val_fraction", 0)
-    assert list(json.loads(Path(folder, "meta.json").read_text())["splits"]) == ["train"]
+def test_skipped_rows_are_left_out_and_the_others_keep_their_order(sft_shards):
+    rows = [qa("a"), {"messages": []}, qa("b", ""), qa("c")]
+    folder = sft_shards(rows, "--on_bad_row", "skip")
+    assert texts_in(folder) == texts_in(sft_shards([qa("a"), qa("c")], name="good"))
 
 
 def test_max_examples_takes_the_first_ones(sft_shards):
     rows = [qa(str(i)) for i in range(9)]
     folder = sft_shards(rows, "--max_examples", 3)
-    assert texts_of(folder) == texts_of(sft_shards(rows[:3], name="three"))
+    assert texts_in(folder) == texts_in(sft_shards(rows[:3], name="three"))
+
+
+# ----- the validation split ----------------------------------------------------------------------
+
+
+def test_seed_decides_which_rows_are_validation(sft_shards):
+    rows = [qa(str(i)) for i in range(40)]
+    first, again, other = (
+        sft_shards(rows, "--val_fraction", 0.25, "--seed", seed, name=name)
+        for seed, name in ((0, "a"), (0, "b"), (1, "c")))
+    assert texts_in(first, "val") == texts_in(again, "val") != texts_in(other, "val")
+    everything = sorted(texts_in(sft_shards(rows, name="all")))
+    for folder in (first, other):
+        assert len(texts_in(folder, "val")) == 10
+        assert sorted(texts_in(folder) + texts_in(folder, "val")) == everything
+
+
+def test_val_source_is_the_whole_validation_split(jsonl, sft_shards):
+    val = jsonl("val.jsonl", [qa("V")])
+    folder = sft_shards([qa(), qa()], "--val_source", val, "--val_fraction", 0.5)
+    assert texts_in(folder, "val") == ["<|user|>V<|end|><|assistant|>A<|end|><|endoftext|>"]
+    assert len(texts_in(folder)) == 2
+
+
+def test_val_fraction_0_makes_no_validation_split(sft_shards):
+    folder = sft_shards([qa()] * 30, "--val_fraction", 0)
+    assert list(json.loads(Path(folder, "meta.json").read_text())["splits"]) == ["train"]
 
 
 # ----- labels ------------------------------------------------------------------------------------
 
 
-def test_labels_are_the_ids_one_further_on_where_those_are_trained():
+def test_labels_are_the_next_ids_where_those_are_trained():
     assert create_labels([5, 6, 7, 8], [0, 0, 100, 1]).tolist() == [-100, 7, 8]
     batch = create_labels(np.array([[5, 6], [7, 8]], np.uint16), np.array([[9, 0], [0, 9]]))
     assert batch.tolist() == [[-100], [8]]
@@ -269,7 +173,7 @@ def test_labels_are_the_ids_one_further_on_where_those_are_trained():
 
 
 def test_prompts_and_outputs_are_joined_padded_and_shifted(bytes_encoding):
-    """Rows "ab" + "c" and "d" + "ef!": four ids the longest, so three columns."""
+    """Rows "ab" + "c" and "d" + "ef!": the longest has four ids, so there are three columns."""
     rows = tokenize_prompt_and_output(bytes_encoding, ["ab", "d"], ["c", "ef!"])
     assert lists(rows) == {
         "input_ids": [[97, 98, 99], [100, 101, 102]],
@@ -285,24 +189,24 @@ def test_outputs_may_be_ids_with_special_tokens_and_strings_never_hold_any(bytes
     assert tokenize_prompt_and_output(bytes_encoding, ["<|end|>"], [""])["labels"].max() < EOT
 
 
-def test_padding_is_no_response_although_its_id_ends_answers_too(bytes_encoding):
+def test_padding_is_not_response_although_answers_end_with_the_same_id(bytes_encoding):
     rows = tokenize_prompt_and_output(bytes_encoding, ["a", "a"], [[98, EOT], [98, 99, 100, EOT]])
     assert rows["labels"][0].tolist() == [98, EOT, EOT, EOT]
     assert rows["response_mask"][0].tolist() == [True, True, False, False]
 
 
-def test_prompt_and_output_are_encoded_apart(gpt2):
-    """ "the" is one token, but the output begins inside of it."""
+def test_prompt_and_output_are_encoded_separately(gpt2):
+    """ "the" is one token, but the output begins inside it."""
     rows = tokenize_prompt_and_output(gpt2, ["t"], ["he"])
     assert rows["input_ids"][0, 0] == gpt2.encode_ordinary("t")[0]
     assert rows["response_mask"].all()
 
 
-def test_an_answer_without_a_prompt_has_no_label_for_its_first_token(bytes_encoding):
+def test_output_without_a_prompt_has_no_label_for_its_first_token(bytes_encoding):
     rows = tokenize_prompt_and_output(bytes_encoding, ["", "ab"], ["ab", ""])
     assert rows["response_mask"].tolist() == [[True], [False]]
     assert tokenize_prompt_and_output(bytes_encoding, [], [])["input_ids"].shape == (0, 0)
-    with pytest.raises(ValueError, match="2 prompts and 1 outputs"):
+    with pytest.raises(UserError, match="2 prompts and 1 outputs"):
         tokenize_prompt_and_output(bytes_encoding, ["a", "b"], ["c"])
 
 
@@ -317,55 +221,67 @@ def test_a_padded_row_by_hand(sft_shards):
         "weights": [0, 0, 0, 1, 1, 0, 0, 0],
         "segments": [0, 0, 0, 0, 0, 0, -1, -1],  # six ids are read: the seventh is only a target
     }
-    assert {key: value.dtype for key, value in row.items()} == {
-        "input_ids": torch.int64, "labels": torch.int64,
-        "weights": torch.float32, "segments": torch.int64,
-    }  # fmt: skip
+    types = [value.dtype for value in row.values()]
+    assert types == [torch.int64, torch.int64, torch.float32, torch.int64]
 
 
 def test_a_packed_row_by_hand(sft_shards):
-    """Two examples of three ids: "a" and "b", trained whole with their <|endoftext|>."""
+    """Two examples of two ids: "a" and "b", each trained with its <|endoftext|>."""
     data = sft_shards([{"text": "a"}, {"text": "b"}])
     assert lists(SFTDataset(data, "train", 5, "fit", seed=None)[0]) == {
-        "input_ids": [97, EOT, 98, EOT, EOT],  # 97 EOT 98 EOT has four ids: three are read
-        "labels": [EOT, -100, EOT, -100, -100],  # nobody predicts 98, the neighbour's first id
+        "input_ids": [97, EOT, 98, EOT, EOT],  # 97 EOT 98 EOT are four ids: three are read
+        "labels": [EOT, -100, EOT, -100, -100],  # nothing predicts 98, the neighbor's first id
         "weights": [1, 0, 1, 0, 0],
         "segments": [0, 0, 1, -1, -1],
     }
 
 
+def test_tokens_are_the_row_before_it_is_shifted_and_padded(sft_shards):
+    """The same row: the first id of an example has weight 0, the last id is there as a target."""
+    data = sft_shards([{"text": "a"}, {"text": "b"}])
+    tokens = SFTDataset(data, "train", 5, "fit", seed=None).tokens(0)
+    assert tokens.dtype == np.int64
+    assert tokens.tolist() == [
+        [97, EOT, 98, EOT],  # ids
+        [0, 100, 0, 100],  # weights in percent
+        [0, 0, 1, 1],  # segments
+        [0, 0, 1, 1],  # numbers of the examples
+    ]
+
+
 @pytest.mark.parametrize("loss_on", ["response", "all"])
-def test_the_first_id_of_a_neighbour_is_never_a_target(sft_shards, loss_on):
+@pytest.mark.parametrize("layout", ["fit", "stream"])
+def test_first_id_of_a_neighbor_is_never_a_target(sft_shards, layout, loss_on):
     data = sft_shards([{"text": "ab"}, {"text": "cd"}, {"text": "ef"}])
-    for layout in ("fit", "stream"):
-        dataset = SFTDataset(data, "train", 8, layout, seed=None, loss_on=loss_on)
-        assert len(dataset) == 1
-        assert dataset[0]["labels"].tolist() == [98, EOT, -100, 100, EOT, -100, 102, EOT]
-        assert dataset[0]["segments"].tolist() == [0, 0, 0, 1, 1, 1, 2, 2]
+    dataset = SFTDataset(data, "train", 8, layout, seed=None, loss_on=loss_on)
+    assert len(dataset) == 1
+    assert dataset[0]["labels"].tolist() == [98, EOT, -100, 100, EOT, -100, 102, EOT]
+    assert dataset[0]["segments"].tolist() == [0, 0, 0, 1, 1, 1, 2, 2]
 
 
-def test_except_in_a_stream_that_is_not_isolated(sft_shards):
-    """The classic GPT-2 stream is one text: what follows <|endoftext|> is predicted, too."""
+def test_stream_without_isolation_is_one_text_and_predicts_across_boundaries(sft_shards):
+    """The classic GPT-2 stream. `fit` without isolation still never predicts a first id."""
     data = sft_shards([{"text": "ab"}, {"text": "cd"}])
-    stream = SFTDataset(data, "train", 5, "stream", seed=None, isolate=False)
-    assert stream[0]["labels"].tolist() == [98, EOT, 99, 100, EOT]
-    assert stream[0]["segments"].tolist() == [0] * 5
-    fit = SFTDataset(data, "train", 5, "fit", seed=None, isolate=False)
-    assert fit[0]["labels"].tolist() == [98, EOT, -100, 100, EOT]
-    assert fit[0]["segments"].tolist() == [0] * 5
+    for layout, after_eot in (("stream", 99), ("fit", -100)):
+        row = SFTDataset(data, "train", 5, layout, seed=None, isolate=False)[0]
+        assert row["labels"].tolist() == [98, EOT, after_eot, 100, EOT]
+        assert row["segments"].tolist() == [0] * 5
     chats = SFTDataset(sft_shards([qa(), qa()], name="c"), "train", 13, "stream", isolate=False)
-    assert chats[0]["labels"][6] == -100  # <|user|> has weight 0 itself
+    assert chats[0]["labels"][6] == -100  # <|user|> itself has weight 0
 
 
-def test_an_example_goes_on_in_the_next_row_of_a_stream(sft_shards):
+def test_example_continues_in_the_next_row_of_a_stream(sft_shards):
     """abcde and T = 3: the second row's first id is the first row's last target."""
-    dataset = SFTDataset(sft_shards([{"text": "abcde"}]), "train", 3, "stream")
-    assert [lists(dataset[i]) for i in range(len(dataset))] == [
-        {"input_ids": [97, 98, 99], "labels": [98, 99, 100],
-         "weights": [1, 1, 1], "segments": [0, 0, 0]},
-        {"input_ids": [100, 101, EOT], "labels": [101, EOT, -100],
-         "weights": [1, 1, 0], "segments": [0, 0, -1]},
-    ]  # fmt: skip
+    first, second = all_rows(SFTDataset(sft_shards([{"text": "abcde"}]), "train", 3, "stream"))
+    assert lists(first) == {"input_ids": [97, 98, 99], "labels": [98, 99, 100],
+                            "weights": [1, 1, 1], "segments": [0, 0, 0]}
+    assert lists(second) == {"input_ids": [100, 101, EOT], "labels": [101, EOT, -100],
+                             "weights": [1, 1, 0], "segments": [0, 0, -1]}
+
+
+def test_block_size_1_trains_each_target_once(sft_shards):
+    rows = all_rows(SFTDataset(sft_shards([{"text": "ab"}]), "train", 1, "stream", seed=None))
+    assert [(int(row["input_ids"]), int(row["labels"])) for row in rows] == [(97, 98), (98, EOT)]
 
 
 def test_loss_on_all_trains_prompts_too_but_no_padding(sft_shards):
@@ -374,7 +290,7 @@ def test_loss_on_all_trains_prompts_too_but_no_padding(sft_shards):
     assert row["weights"].tolist() == [1] * 6 + [0, 0]
 
 
-def test_padding_is_not_trained_though_its_id_is_a_real_endoftext(sft_shards):
+def test_padding_is_not_trained_although_its_id_is_a_real_endoftext(sft_shards):
     """In `raw` the real <|endoftext|> is a target; the padding after it has the same id."""
     data = sft_shards([qa()], "--template", "raw")
     row = SFTDataset(data, "train", 4, "pad")[0]
@@ -384,24 +300,11 @@ def test_padding_is_not_trained_though_its_id_is_a_real_endoftext(sft_shards):
 
 
 def test_weights_are_fractions_of_the_labels(sft_shards):
-    turns = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
-    messages = [{"role": role, "content": content} for role, content in turns]
-    messages[1]["weight"], messages[3]["weight"] = 0.5, 0.001
-    row = SFTDataset(sft_shards([{"messages": messages}]), "train", 12, "pad")[0]
+    turns = ("user", "a"), ("assistant", "b", 0.5), ("user", "c"), ("assistant", "d", 0.001)
+    row = SFTDataset(sft_shards([chat(*turns)]), "train", 12, "pad")[0]
     expected = [0, 0, 0, 0.5, 0.5, 0, 0, 0, 0, 0.01, 0.01, 0]
     assert row["weights"].tolist() == torch.tensor(expected).tolist()
     assert (row["labels"] >= 0).tolist() == [weight > 0 for weight in expected]
-
-
-def test_block_size_1_still_trains_the_one_target_of_each_pair(sft_shards):
-    dataset = SFTDataset(sft_shards([{"text": "ab"}]), "train", 1, "stream", seed=None)
-    assert [(int(row["input_ids"]), int(row["labels"])) for row in dataset_rows(dataset)] == [
-        (97, 98), (98, EOT)
-    ]  # fmt: skip
-
-
-def dataset_rows(dataset: SFTDataset) -> list[dict]:
-    return [dataset[i] for i in range(len(dataset))]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -409,15 +312,13 @@ def dataset_rows(dataset: SFTDataset) -> list[dict]:
 def test_every_layout_trains_the_same_targets(sft_shards, layout, loss_on):
     """Only a stream cuts examples, and even there each id is predicted once."""
     rows = [qa("Q" * (i % 6), "A" * (i % 3 + 1)) for i in range(17)] + [{"text": "xyz"}]
-    data = sft_shards(rows)
-    dataset = SFTDataset(data, "train", 16, layout, seed=3, loss_on=loss_on)
-    labels = torch.cat([row["labels"] for row in dataset_rows(dataset)])
-    expected = []
+    dataset = SFTDataset(sft_shards(rows), "train", 16, layout, seed=3, loss_on=loss_on)
+    labels = torch.cat([row["labels"] for row in all_rows(dataset)])
+    encoding, expected = get_encoding("bytes"), []
     for row in rows:
-        messages = messages_of(row)
-        encoding = get_encoding("bytes")
-        pair = render_text(encoding, "xyz") if "text" in row else render(encoding, messages)
-        expected += [i for i, weight in list(zip(*pair))[1:] if weight or loss_on == "all"]
+        ids, weights = (render_text(encoding, "xyz") if "text" in row else
+                        render(encoding, messages_of(row)))
+        expected += [i for i, weight in zip(ids[1:], weights[1:]) if weight or loss_on == "all"]
     assert sorted(labels[labels >= 0].tolist()) == sorted(expected)
 
 
@@ -428,45 +329,37 @@ def test_drop_last_drops_the_short_last_row_of_a_stream(sft_shards):
     assert len(SFTDataset(data, "train", 3, "stream", drop_last=True)) == 3  # (10 - 1) // 3
 
 
-def test_an_epoch_has_an_order_of_its_own_and_as_many_rows(sft_shards):
+def test_each_epoch_has_its_own_order_and_as_many_rows(sft_shards):
     data = sft_shards([qa(str(i)) for i in range(30)])
     dataset = SFTDataset(data, "train", 16, "fit", seed=0)
-    first, n = lists(dataset[0]), len(dataset)
-    dataset.set_epoch(1)
-    assert lists(dataset[0]) != first
-    assert len(dataset) == n
-    assert rows_equal(dataset, SFTDataset(data, "train", 16, "fit", seed=0, epoch=1))
+    first = list(map(lists, all_rows(dataset)))
+    dataset.epoch = 1
+    second = list(map(lists, all_rows(dataset)))
+    assert first != second
+    assert len(first) == len(second)
+    opened_at_1 = SFTDataset(data, "train", 16, "fit", seed=0, epoch=1)
+    assert second == list(map(lists, all_rows(opened_at_1)))
 
 
 def test_filler_is_all_padding(sft_shards):
-    filler = SFTDataset(sft_shards([qa()]), "train", 4).filler()
-    assert lists(filler) == {
-        "input_ids": [EOT] * 4, "labels": [-100] * 4, "weights": [0] * 4, "segments": [-1] * 4,
-    }  # fmt: skip
+    assert lists(SFTDataset(sft_shards([qa()]), "train", 4).filler()) == {
+        "input_ids": [EOT] * 4, "labels": [-100] * 4, "weights": [0] * 4, "segments": [-1] * 4}
 
 
-def test_fill_counts_the_places_that_are_read(sft_shards):
-    """Examples of 5 and 3 ids: a row of n ids reads n - 1 of its T = 4 places."""
-    data = sft_shards([{"text": "abcd"}, {"text": "ef"}])
-    fills = {layout: SFTDataset(data, "train", 4, layout).fill() for layout in LAYOUTS}
-    assert fills == {"stream": 7 / 8, "fit": 6 / 8, "pad": 6 / 8, "bucket": 6 / 8}
-    for layout, fill in fills.items():
-        rows = dataset_rows(SFTDataset(data, "train", 4, layout))
-        assert fill == sum(int((row["segments"] >= 0).sum()) for row in rows) / (4 * len(rows))
+@pytest.mark.parametrize("layout, fill", [
+    ("stream", 7 / 8), ("fit", 6 / 8), ("pad", 6 / 8), ("bucket", 6 / 8)])
+def test_fill_counts_the_positions_that_are_read(sft_shards, layout, fill):
+    """Examples of 5 and 3 ids: a row of n ids reads n - 1 of its T = 4 positions."""
+    dataset = SFTDataset(sft_shards([{"text": "abcd"}, {"text": "ef"}]), "train", 4, layout)
+    assert dataset.fill() == fill
+    segments = torch.stack([row["segments"] for row in all_rows(dataset)])
+    assert (segments >= 0).float().mean() == fill
 
 
-def test_reading_rows_leaves_the_shards_as_they_are(sft_shards):
-    data = sft_shards([{"text": "a"}, {"text": "b"}])
-    before = Path(data, "train_000000.npy").read_bytes()
-    for loss_on in ("response", "all"):
-        dataset_rows(SFTDataset(data, "train", 5, "fit", loss_on=loss_on))
-    assert Path(data, "train_000000.npy").read_bytes() == before
+# ----- examples that are too long, and some of the examples --------------------------------------
 
 
-# ----- examples that are too long ----------------------------------------------------------------
-
-
-def test_overlong_examples_lose_their_end_and_keep_their_weights(sft_shards):
+def test_overlong_example_loses_its_end_and_keeps_its_weights(sft_shards):
     """T = 5 leaves six of QA's seven ids: A and <|end|> are still targets."""
     dataset = SFTDataset(sft_shards([qa(), {"text": "a"}]), "train", 5, "pad", seed=None)
     assert dataset[0]["input_ids"].tolist() == QA[:5]
@@ -474,74 +367,147 @@ def test_overlong_examples_lose_their_end_and_keep_their_weights(sft_shards):
     assert (dataset.n_truncated, dataset.n_dropped, len(dataset)) == (1, 0, 2)
 
 
-def test_an_overlong_example_with_no_trained_target_left_is_dropped(sft_shards):
+def test_overlong_example_with_no_trained_target_left_is_dropped(sft_shards):
     """T = 3 leaves <|user|> Q <|end|> <|assistant|>, of which nothing is trained."""
     data = sft_shards([qa(), {"text": "a"}, {"text": "abcdef"}])
     dataset = SFTDataset(data, "train", 3, "pad", seed=None)
-    assert (dataset.n_truncated, dataset.n_dropped, len(dataset)) == (1, 1, 2)
-    assert [dataset.pieces(i) for i in range(2)] == [[(1, 0, 2)], [(2, 0, 4)]]
-    assert dataset[1]["input_ids"].tolist() == [97, 98, 99]
+    assert (dataset.n_truncated, dataset.n_dropped) == (1, 1)
+    assert [dataset.tokens(i)[0].tolist() for i in range(len(dataset))] == [
+        [97, EOT], [97, 98, 99, 100]]
     everything = SFTDataset(data, "train", 3, "pad", seed=None, loss_on="all")
     assert (everything.n_truncated, everything.n_dropped) == (2, 0)
 
 
-def test_the_first_id_of_a_cut_example_does_not_count_as_a_target(sft_shards):
+def test_first_id_of_a_truncated_example_is_not_a_trained_target(sft_shards):
     """A raw answer without a prompt: its first id has a weight, but nothing predicts it."""
-    messages = [
-        {"role": "user", "content": ""},
-        {"role": "assistant", "content": "A"},
-        {"role": "user", "content": "long question"},
-        {"role": "assistant", "content": "B", "weight": 0.5},
-    ]
-    data = sft_shards([{"messages": messages}, {"text": "a"}], "--template", "raw")
-    assert rows_of(data)[0][1][:2] == [100, 0]
+    turns = ("user", ""), ("assistant", "A"), ("user", "long question"), ("assistant", "B", 0.5)
+    data = sft_shards([chat(*turns), {"text": "a"}], "--template", "raw")
+    assert examples_in(data)[0][1][:2] == [100, 0]
     assert SFTDataset(data, "train", 3, "pad").n_dropped == 1
 
 
-def test_overlong_drop_leaves_them_out_and_error_refuses(sft_shards):
+def test_overlong_drop_leaves_examples_out_and_error_refuses(sft_shards):
     data = sft_shards([{"text": "abcdef"}, {"text": "a"}])
     dropped = SFTDataset(data, "train", 3, "fit", overlong="drop")
     assert (dropped.n_truncated, dropped.n_dropped, len(dropped)) == (0, 1, 1)
-    with pytest.raises(ValueError, match=r"example 0 .* has 7 tokens, a row 4"):
+    with pytest.raises(UserError, match=r"example 0 .* has 7 tokens, a row 4"):
         SFTDataset(data, "train", 3, "fit", overlong="error")
     assert SFTDataset(data, "train", 6, "fit", overlong="error").n_truncated == 0  # 7 = T + 1
 
 
-def test_a_stream_cuts_anywhere_and_needs_no_overlong(sft_shards):
+def test_stream_cuts_anywhere_and_ignores_overlong(sft_shards):
     data = sft_shards([{"text": "abcdef"}])
     dataset = SFTDataset(data, "train", 2, "stream", overlong="error")
     assert (dataset.n_truncated, dataset.n_dropped, len(dataset)) == (0, 0, 3)
 
 
-def test_where_every_example_is_dropped_there_is_nothing_to_train(sft_shards):
-    with pytest.raises(ValueError, match="no example of train fits; raise --block_size"):
+def test_split_whose_examples_are_all_dropped_is_refused(sft_shards):
+    with pytest.raises(UserError, match="no example of train fits; raise --block_size"):
         SFTDataset(sft_shards([qa()]), "train", 3, "fit")
 
 
-def test_examples_picks_some_by_number_before_anything_is_planned(sft_shards):
-    data = sft_shards([{"text": letter} for letter in "abcd"])
-    dataset = SFTDataset(data, "train", 3, "pad", seed=None, examples=range(2))
-    assert [int(row["input_ids"][0]) for row in dataset_rows(dataset)] == [97, 98]
-    assert len(SFTDataset(data, "train", 3, "pad", examples=range(99))) == 4
-    picked = SFTDataset(data, "train", 3, "pad", seed=None, examples=[3, 1])
-    assert [int(row["input_ids"][0]) for row in dataset_rows(picked)] == [100, 98]
+@pytest.mark.parametrize("examples, numbers", [
+    (None, [0, 2, 3]), (range(3), [0, 2]), (range(99), [0, 2, 3]), ([3, 1, 0], [3, 0])])
+def test_numbers_of_the_examples_are_those_in_the_data(sft_shards, examples, numbers):
+    """Texts a, bbbbb, c, d: T = 3 drops number 1, and `examples` picks by number, in its order."""
+    data = sft_shards([{"text": "a"}, {"text": "b" * 5}, {"text": "c"}, {"text": "d"}])
+    dataset = SFTDataset(data, "train", 3, "pad", seed=None, overlong="drop", examples=examples)
+    assert dataset.numbers.tolist() == numbers
+    assert dataset.n_dropped == 1 and len(dataset) == len(numbers)
+    for i, number in enumerate(numbers):
+        ids, _, _, of_the_ids = dataset.tokens(i).tolist()
+        assert (ids, of_the_ids) == ([ord("abcd"[number]), EOT], [number, number])
 
 
-def test_the_dataset_refuses_names_that_it_does_not_know(sft_shards):
+def test_error_names_the_examples_number_in_the_data(sft_shards):
+    data = sft_shards([{"text": "a"}, {"text": "b"}, {"text": "c" * 5}])
+    with pytest.raises(UserError, match=r"example 2 .* has 6 tokens, a row 4"):
+        SFTDataset(data, "train", 3, "fit", overlong="error", examples=[2, 0])
+
+
+def test_unknown_names_are_refused(sft_shards):
     data = sft_shards([qa()])
-    with pytest.raises(ValueError, match="'prompt' is neither 'response' nor 'all'"):
+    with pytest.raises(UserError, match="unknown loss_on 'prompt'"):
         SFTDataset(data, "train", 8, loss_on="prompt")
-    with pytest.raises(ValueError, match="'cut' is none of drop, truncate, error"):
+    with pytest.raises(UserError, match="unknown overlong 'cut'"):
         SFTDataset(data, "train", 8, overlong="cut")
-    with pytest.raises(ValueError, match="unknown layout 'tetris'"):
-        SFTDataset(data, "train", 8, "tetris")
-    with pytest.raises(ValueError, match=r"has no test split, only \['train'\]"):
+    with pytest.raises(UserError, match="unknown layout 'tetris'"):
+        len(SFTDataset(data, "train", 8, "tetris"))
+    with pytest.raises(UserError, match=r"has no test split, only \['train'\]"):
         SFTDataset(data, "test", 8)
     with pytest.raises(IndexError):
         SFTDataset(data, "train", 8)[1]
 
 
+# ----- prompts with their reference answers ------------------------------------------------------
+
+
+def prompts_as_text(data: str, n: int = 9) -> list[tuple[str, str]]:
+    decode = get_encoding("bytes").decode
+    prompts = SFTDataset(data, "train", 16, "stream").prompts(n)
+    return [(decode(prompt), decode(reference)) for prompt, reference in prompts]
+
+
+@pytest.mark.parametrize("template, start, end", [
+    ("chat", "<|user|>", "<|end|><|assistant|>"),
+    ("raw", "", ""),
+    ("alpaca", "Below is an instruction that describes a task. Write a response that "
+     "appropriately completes the request.\n\n### Instruction:\n", "\n\n### Response:"),
+])
+def test_prompt_is_what_precedes_the_first_trained_id_and_reference_the_answer(
+        sft_shards, template, start, end):
+    """The reference has no end token: <|end|> in a chat, <|endoftext|> elsewhere."""
+    data = sft_shards([qa("Q", "A"), qa("two", "words!")], "--template", template)
+    pairs = [(f"{start}Q{end}", "A"), (f"{start}two{end}", "words!")]
+    assert prompts_as_text(data) == pairs
+    assert prompts_as_text(data, n=1) == pairs[:1]
+
+
+def test_reference_is_the_first_answer_with_a_weight(sft_shards):
+    turns = ("user", "a"), ("assistant", "bb", 0), ("user", "c"), ("assistant", "dd", 0.5)
+    later = ("user", "e"), ("assistant", "f")
+    assert prompts_as_text(sft_shards([chat(*turns, *later)])) == [
+        ("<|user|>a<|end|><|assistant|>bb<|end|><|user|>c<|end|><|assistant|>", "dd")]
+
+
+def test_text_rows_have_no_prompt(sft_shards):
+    data = sft_shards([{"text": "ab"}, qa()])
+    assert prompts_as_text(data, n=1) == []
+    assert prompts_as_text(data, n=2) == [("<|user|>Q<|end|><|assistant|>", "A")]
+
+
 # ----- batches -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout, T", [("pad", 4), ("bucket", 2)])
+def test_collate_stacks_rows_and_bucket_cuts_columns_that_are_all_padding(sft_shards, layout, T):
+    """Texts of 2 and 3 ids in rows of 4: one and two positions are read, so bucket needs two."""
+    data = sft_shards([{"text": "a"}, {"text": "bc"}])
+    dataset = SFTDataset(data, "train", 4, layout, seed=None, rows_per_step=2)
+    batch = dataset.collate(all_rows(dataset))
+    assert batch["x"].tolist() == [[97, EOT, EOT, EOT][:T], [98, 99, EOT, EOT][:T]]
+    assert batch["y"].tolist() == [[EOT, -100, -100, -100][:T], [99, EOT, -100, -100][:T]]
+    assert batch["weights"].tolist() == [[1, 0, 0, 0][:T], [1, 1, 0, 0][:T]]
+    assert batch["n_tokens"] == 3  # padding does not count
+
+
+def test_collate_keeps_one_column_of_a_bucket_of_filler(sft_shards):
+    """A rank without rows left still runs the model."""
+    dataset = SFTDataset(sft_shards([qa()]), "train", 8, "bucket")
+    batch = dataset.collate([dataset.filler(), dataset.filler()])
+    assert (batch["x"].tolist(), batch["n_tokens"]) == ([[EOT], [EOT]], 0)
+
+
+@pytest.mark.parametrize("isolate", [True, False])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_collate_leaves_segments_out_where_the_causal_mask_suffices(sft_shards, layout, isolate):
+    """With one example per row and padding on its right, or without isolation."""
+    dataset = SFTDataset(sft_shards([qa(), qa()]), "train", 16, layout, isolate=isolate)
+    segments = dataset.collate(all_rows(dataset))["segments"]
+    if isolate and layout in ("stream", "fit"):
+        assert segments.tolist() == [row["segments"].tolist() for row in all_rows(dataset)]
+    else:
+        assert segments is None
 
 
 def test_batches_stack_rows_and_the_last_may_be_smaller(sft_shards):
@@ -550,31 +516,31 @@ def test_batches_stack_rows_and_the_last_may_be_smaller(sft_shards):
     assert [batch["input_ids"].shape for batch in batches] == [(2, 8), (2, 8), (1, 8)]
     assert list(batches[0]) == ["input_ids", "labels", "weights", "segments"]
     for key in batches[0]:
-        stacked = torch.cat([batch[key] for batch in batches])
-        assert torch.equal(stacked, torch.stack([row[key] for row in dataset_rows(dataset)]))
+        rows = torch.cat([batch[key] for batch in batches])
+        assert torch.equal(rows, torch.stack([row[key] for row in all_rows(dataset)]))
 
 
-def test_shuffled_batches_have_each_row_once_in_an_order_of_the_seed(sft_shards):
-    data = sft_shards([qa(str(i)) for i in range(8)])
+def test_shuffled_batches_have_each_row_once_in_an_order_of_the_seed():
+    class Rows(list):
+        seed = 0
 
     def order(seed):
-        dataset = SFTDataset(data, "train", 8, "pad", seed=seed)
-        dataset.plan = SFTDataset(data, "train", 8, "pad", seed=None).plan
-        batches = iterate_batches(dataset, 3, shuffle=True)
-        return torch.cat([batch["input_ids"][:, 1] for batch in batches]).tolist()
+        rows = Rows(range(8))
+        rows.seed = seed
+        return torch.cat(list(iterate_batches(rows, 3, shuffle=True))).tolist()
 
-    assert sorted(order(0)) == sorted(b"01234567")
-    assert order(0) == order(0) != list(b"01234567")
+    assert sorted(order(0)) == list(range(8))
+    assert order(0) == order(0) != list(range(8))
     assert order(0) != order(1)
 
 
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_batches_leave_the_global_random_state_alone(sft_shards, shuffle):
     dataset = SFTDataset(sft_shards([qa(str(i)) for i in range(5)]), "train", 8, "pad")
-    torch.manual_seed(7)  # a state that no fixed seed of the code would give
+    torch.manual_seed(7)  # a state that no fixed seed of the code would produce
     states = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+    dataset.epoch = 1
     list(iterate_batches(dataset, 2, shuffle))
-    dataset.set_epoch(1)
     assert torch.equal(torch.get_rng_state(), states[0])
     assert np.random.get_state()[1].tolist() == states[1]
     assert random.getstate() == states[2]
@@ -583,36 +549,30 @@ def test_batches_leave_the_global_random_state_alone(sft_shards, shuffle):
 # ----- the report --------------------------------------------------------------------------------
 
 
-def test_the_report_counts_rows_tokens_and_what_each_layout_makes_of_them(tmp_path, jsonl, command):
+def test_report_counts_rows_and_tokens_and_what_each_layout_makes_of_them(tmp_path, jsonl, command):
     """Four examples of 7 ids and one of 12, of which T = 8 keeps 9; one row is bad."""
     rows = [qa(), qa(), {"prompt": "Q"}, qa(), qa(), qa("Q", "ABCDEF")]
     source = jsonl("a.jsonl", rows)
-    flags = ["--encoding", "bytes", "--val_fraction", 0, "--workers", 1, "--block_size", 8]
-    flags += ["--on_bad_row", "skip", "--out", tmp_path / "sft"]
-    result = command(sft_data, "--source", source, *flags)
+    result = command(sft_data, "--source", source, "--encoding", "bytes", "--val_fraction", 0,
+                     "--workers", 1, "--block_size", 8, "--on_bad_row", "skip",
+                     "--out", tmp_path / "sft")
     assert result.err == ""
-    said = [" ".join(line.split()) for line in result.out.splitlines()]
-    assert said[0] == "read 6 rows: 5 kept, 1 rejected"
-    assert said[1].startswith(f"rejected {source} line 3: ")
+    lines = [" ".join(line.split()) for line in result.out.splitlines()]
+    assert lines[0] == "read 6 rows: 5 kept, 1 rejected"
+    assert lines[1].startswith(f"rejected {source} line 3: ")
     # trained: A and its <|end|> four times, ABCDEF and its <|end|> once: 15 of 40
-    assert said[2] == "train 5 examples 40 tokens 37.5% trained 1 shard(s)"
-    assert said[3] == "length p0 7 p10 7 p50 7 p90 10 p99 12 p100 12"
-    assert said[4:10] == [
+    assert lines[2] == "train 5 examples 40 tokens 37.5% trained 1 shard(s)"
+    assert lines[3] == "length p0 7 p10 7 p50 7 p90 10 p99 12 p100 12"
+    assert lines[4:10] == [
         "rows of --block_size 8:",
         "layout rows fill examples/row truncated dropped",
-        "stream 5 97.5% 1.00 0 0",  # 39 of 5 x 8 places
-        "fit 5 80.0% 1.00 1 0",  # no two examples fit in 9 ids: 4 x 6 + 8 of 40 places
+        "stream 5 97.5% 1.00 0 0",  # 39 of 5 x 8 positions
+        "fit 5 80.0% 1.00 1 0",  # no two examples fit in 9 ids: 4 x 6 + 8 of 40 positions
         "pad 5 80.0% 1.00 1 0",
         "bucket 5 80.0% 1.00 1 0",
     ]
 
 
-def test_a_report_whose_rows_are_too_short_still_leaves_good_shards(sft_shards):
+def test_shards_are_kept_if_the_report_finds_no_example_that_fits_a_row(sft_shards):
     data = sft_shards([qa()], "--block_size", 2)
     assert len(SFTDataset(data, "train", 8)) == 1
-
-
-def test_skipped_rows_are_left_out_and_the_rest_keeps_its_order(sft_shards):
-    rows = [qa("a"), {"messages": []}, qa("b", ""), qa("c")]
-    folder = sft_shards(rows, "--on_bad_row", "skip")
-    assert texts_of(folder) == texts_of(sft_shards([qa("a"), qa("c")], name="good"))

@@ -1,10 +1,12 @@
-"""The training step: an exact mean over the trained tokens, whoever computes which part of it."""
+"""The training step: an exact mean over the trained tokens, however the work is divided."""
 
-import dataclasses
+import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,13 +14,18 @@ import torch
 import torch.nn.functional as F
 from helpers_training import (
     ALONE,
+    EOT,
+    TINY,
+    KeepGradients,
     assert_weights_close,
     fine_tune,
+    flip_a_bit,
     gradients,
     metrics,
     pick,
     plain_loss_sum,
     pretrain,
+    quietly,
     random_examples,
     sft_folder,
     step_cases,
@@ -27,27 +34,27 @@ from helpers_training import (
     tiny_model,
     two_ranks,
 )
-from torch.utils.data import DataLoader
 
 import train_gpt2
 import train_sft
 from model import GPT, GPTConfig
+from nanosft.cli import UserError
 from sft_data import SFTDataset
 from train_gpt2 import (
     MicroBatch,
-    RankRows,
-    Run,
+    Ranks,
     TokenRows,
+    eval_batches,
     evaluate,
     forward_text,
     get_lr,
     load_steps,
     make_optimizer,
-    text_batches,
     train_step,
 )
-from train_sft import forward_sft, sft_batches
+from train_sft import forward_sft
 
+CPU = torch.device("cpu")
 CASES = step_cases()
 
 
@@ -56,11 +63,11 @@ def assert_same(found, want, tolerance=1e-6):
         torch.testing.assert_close(a, b, atol=tolerance, rtol=1e-5)
 
 
-# ----- one place normalises ----------------------------------------------------------------------
+# ----- one place normalizes ----------------------------------------------------------------------
 
 
 def textbook_step(batch):
-    """(loss, gradients): weighted sum over weighted count, from full logits."""
+    """(loss, gradients) from full logits: the weighted sum divided by the sum of the weights."""
     model = tiny_model()
     total = batch.weights[batch.y != -100].sum().item() or 1
     loss = plain_loss_sum(model, *batch[:4]) / total
@@ -69,7 +76,7 @@ def textbook_step(batch):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_one_micro_batch_of_4_rows_is_4_of_1_is_2_ranks_of_2(case):
+def test_step_is_the_same_for_any_micro_batch_size_and_number_of_ranks(case):
     batch = CASES[case]
     want_loss, want = textbook_step(batch)
     ranks = [torch.load(two_ranks() / f"rank_{rank}.pt") for rank in range(2)]
@@ -90,19 +97,19 @@ def test_one_micro_batch_of_4_rows_is_4_of_1_is_2_ranks_of_2(case):
     if case == "no trained token at all":
         assert want_loss == 0 and not any(grad.any() for grad in want)
     else:
-        assert max(grad.abs().max() for grad in want) > 0.01  # 1e-6 of it says something
+        assert max(grad.abs().max() for grad in want) > 0.01  # so a tolerance of 1e-6 is strict
 
 
-def test_going_round_ddps_wrapper_would_leave_each_rank_its_own_gradients():
-    """Why forward_sft calls the model it is given: no error would tell."""
-    a, b = (torch.load(two_ranks() / f"rank_{rank}.pt")["round the wrapper"][1] for rank in (0, 1))
+def test_bypassing_ddp_leaves_each_rank_its_own_gradients():
+    """Why forward_sft calls the model that it is given: the mistake would raise no error."""
+    a, b = (torch.load(two_ranks() / f"rank_{rank}.pt")["past DDP"][1] for rank in (0, 1))
     assert max((x - y).abs().max() for x, y in zip(a, b)) > 1e-3
 
 
 @pytest.mark.parametrize("name, run", [("sft", fine_tune), ("text", pretrain)])
-def test_a_whole_run_on_two_ranks_is_the_run_on_one(name, run, tmp_path):
+def test_whole_run_on_two_ranks_equals_the_run_on_one(name, run, tmp_path):
     folder = two_ranks()
-    assert run(folder / name, tmp_path / "out", epochs=2).count("step") > 2
+    run(folder / name, tmp_path / "out", epochs=2)
     alone, both = metrics(tmp_path / "out"), metrics(folder / f"out_{name}")
     assert len(alone) > 4 and [row.keys() for row in alone] == [row.keys() for row in both]
     assert "val_loss" in alone[-1]
@@ -113,7 +120,7 @@ def test_a_whole_run_on_two_ranks_is_the_run_on_one(name, run, tmp_path):
 
 
 def fixed_nll_model(nll: list[float]):
-    """Stands in for a GPT: target t costs nll[t]. Its one parameter only serves backward()."""
+    """In place of a GPT: the nll of target t is nll[t]; one parameter, so that backward() works."""
 
     class Fixed(torch.nn.Module):
         def __init__(self):
@@ -127,29 +134,29 @@ def fixed_nll_model(nll: list[float]):
     return Fixed()
 
 
-def test_the_loss_is_the_mean_over_tokens_and_no_mean_of_means():
-    # A short answer of 1 token that costs 4.0, a long one of 3 tokens that cost 1.0 each:
+def test_loss_is_the_mean_over_tokens_not_a_mean_of_means():
+    # an answer of 1 token with an nll of 4, and one of 3 tokens with an nll of 1 each
     y = torch.tensor([[0, -100, -100], [1, 1, 1]])
     rows = [MicroBatch(y[i : i + 1], y[i : i + 1], torch.ones(1, 3)) for i in (0, 1)]
     row, (grad,) = step_gradients(fixed_nll_model([4.0, 1.0]), rows)
-    assert row["loss"] == pytest.approx((4.0 + 1.0 + 1.0 + 1.0) / 4)  # 1.75: each token counts once
-    assert row["loss"] != pytest.approx((4.0 / 1 + 3.0 / 3) / 2)  # 2.5: the mean of means
+    assert row["loss"] == pytest.approx((4.0 + 1.0 + 1.0 + 1.0) / 4)  # 1.75
+    assert row["loss"] != pytest.approx((4.0 / 1 + 3.0 / 3) / 2)  # 2.5
     assert grad.item() == pytest.approx(1.75)
 
 
-def test_a_weight_of_a_half_counts_half_in_the_sum_and_in_the_divisor():
+def test_weight_of_one_half_counts_half_in_the_sum_and_in_the_divisor():
     y, weights = torch.tensor([[0, 1, 1]]), torch.tensor([[0.5, 1.0, 0.0]])
     row, _ = step_gradients(fixed_nll_model([4.0, 1.0]), [MicroBatch(y, y, weights)])
     assert row["loss"] == pytest.approx((0.5 * 4.0 + 1.0 * 1.0) / 1.5)
 
 
-def test_a_weight_at_an_ignored_target_is_no_part_of_the_divisor():
+def test_weight_of_an_ignored_target_is_not_in_the_divisor():
     y = torch.tensor([[0, -100, 1]])
     row, _ = step_gradients(fixed_nll_model([4.0, 1.0]), [MicroBatch(y, y, torch.ones(1, 3))])
     assert row["loss"] == pytest.approx((4.0 + 1.0) / 2)
 
 
-def test_a_step_without_a_trained_token_divides_by_1_and_changes_nothing():
+def test_step_without_trained_tokens_divides_by_1_and_changes_nothing():
     model, config = tiny_model(), train_gpt2.Config("", "", weight_decay=0.0)
     before = [p.clone() for p in model.parameters()]
     batch = CASES["no trained token at all"]
@@ -158,63 +165,51 @@ def test_a_step_without_a_trained_token_divides_by_1_and_changes_nothing():
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before))
 
 
-def test_the_gradient_is_clipped_after_all_micro_batches_and_its_norm_logged_before():
-    class Clipped(torch.optim.SGD):
-        def step(self):
-            grads = (p.grad for group in self.param_groups for p in group["params"])
-            self.norm = math.sqrt(sum(grad.square().sum().item() for grad in grads))
-
+def test_gradient_is_clipped_after_all_micro_batches_and_its_norm_is_logged_before():
     batch = CASES["weights of 7, 50 and 100 %"]
     _, want = textbook_step(batch)
-    want_norm = math.sqrt(sum(grad.square().sum().item() for grad in want))
+    want_norm = torch.cat([grad.flatten() for grad in want]).norm().item()
     assert want_norm > 0.5
-    model = tiny_model()
-    optimizer = Clipped(model.parameters(), lr=0.0)
-    parts = [pick(batch, 0, 1), pick(batch, 2, 3)]
+    model, parts = tiny_model(), [pick(batch, 0, 1), pick(batch, 2, 3)]
+    optimizer = KeepGradients(model.parameters(), lr=0.0)
     row = train_step(model, optimizer, parts, 0.1, 0.25, ALONE, forward_sft)
     assert row["grad_norm"] == pytest.approx(want_norm, rel=1e-5)
-    assert optimizer.norm == pytest.approx(0.25, rel=1e-4)
-    assert [group["lr"] for group in optimizer.param_groups] == [0.1]
+    clipped = torch.cat([grad.flatten() for grad in optimizer.kept])
+    assert clipped.norm().item() == pytest.approx(0.25, rel=1e-4)
 
 
 # ----- SFT is pretraining with one more row of data ----------------------------------------------
 
 
-def test_with_every_weight_100_the_sft_step_is_the_pretraining_step(tmp_path):
+def test_sft_with_all_weights_100_equals_pretraining_bitwise(tmp_path):
     ids = np.random.default_rng(0).integers(0, 256, 16 * 8 + 1)
-    ids[[9, 40, 41, 100, -1]] = 256  # <|endoftext|>: examples of 10, 31, 1, 59 and 28 ids
-    examples = [(e.tolist(), [100] * len(e)) for e in np.split(ids, [10, 41, 42, 101])]
+    ids[[9, 40, 41, 100, -1]] = EOT  # ends of examples of 10, 31, 1, 59 and 28 ids
+    examples = [(part.tolist(), [100] * len(part)) for part in np.split(ids, [10, 41, 42, 101])]
     text = TokenRows(text_folder(tmp_path / "text", train=ids, shard_tokens=50), "train", 16)
-    sft = SFTDataset(
-        sft_folder(tmp_path / "sft", train=examples, shard_tokens=60), "train", 16, "stream",
-        seed=None, loss_on="all", isolate=False, drop_last=True,
-    )  # fmt: skip
+    sft = SFTDataset(sft_folder(tmp_path / "sft", train=examples, shard_tokens=60), "train", 16,
+                     "stream", seed=None, loss_on="all", isolate=False, drop_last=True)
     assert len(text) == len(sft) == 8
     for a, b in zip((text[i] for i in range(8)), sft):
         assert torch.equal(a["input_ids"], b["input_ids"])
         assert torch.equal(a["labels"], b["labels"])
         assert torch.equal(b["weights"], torch.ones(16)) and not b["segments"].any()
 
-    ends = []
-    for rows, kind, batches, forward in (
-        (text, train_gpt2.Config, text_batches, forward_text),
-        (sft, train_sft.Config, None, forward_sft),
-    ):
-        config = kind("", "", batch_size=2, rows_per_step=4, weight_decay=0.1)
-        if kind is train_sft.Config:
-            batches = sft_batches(dataclasses.replace(config, layout="stream", isolate=False))
+    def four_steps(rows, config, forward):
         model = tiny_model()
-        optimizer = make_optimizer(model, config)
-        steps = load_steps(rows, config, ALONE, 0, batches)
-        logged = [train_step(model, optimizer, next(steps), 1e-2, 1.0, ALONE, forward)
-                  for _ in range(4)]  # fmt: skip
-        ends.append((logged, list(model.parameters())))
-    assert ends[0][0] == ends[1][0]  # loss, gradient norm and counts of 4 steps, bit for bit
-    assert all(torch.equal(a, b) for a, b in zip(ends[0][1], ends[1][1]))
+        optimizer, steps = make_optimizer(model, config), load_steps(rows, config, ALONE, 0)
+        log = [train_step(model, optimizer, next(steps), 1e-2, 1.0, ALONE, forward)
+               for _ in range(4)]
+        return log, list(model.parameters())
+
+    flags = {"batch_size": 2, "rows_per_step": 4, "weight_decay": 0.1}
+    log, weights = four_steps(text, train_gpt2.Config("", "", **flags), forward_text)
+    sft_log, sft_weights = four_steps(sft, train_sft.Config("", "", **flags), forward_sft)
+    assert log == sft_log  # loss, gradient norm and counts
+    assert all(torch.equal(a, b) for a, b in zip(weights, sft_weights))
 
 
-def test_the_mask_decides_what_is_trained():
-    """A prompt of 3 ids and a response of 2, worked out by hand; fails if the mask is ignored."""
+def test_mask_decides_what_is_trained():
+    """A prompt of 3 ids and a response of 2: the loss is that of the response alone."""
     x, y = torch.tensor([[10, 11, 12, 20]]), torch.tensor([[-100, -100, 20, 256]])
     weights = torch.tensor([[0.0, 0.0, 1.0, 1.0]])
     model = tiny_model()
@@ -241,19 +236,19 @@ def test_forward_sft_returns_the_weighted_sum_and_the_weight():
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
-def test_the_trainers_step_is_the_same_in_every_layout_that_cuts_no_example(tmp_path, batch_size):
-    # in `stream` rows of 20 these begin at 0, 8, 20, 27 and 40, so that no row cuts one
+def test_step_is_the_same_in_every_layout_that_cuts_no_example(tmp_path, batch_size):
+    # in `stream` with rows of 20, these begin at 0, 8, 20, 27 and 40: no row cuts one
     lengths, random = (8, 12, 7, 13, 20), np.random.default_rng(0)
-    examples = [([*random.integers(0, 256, n - 1).tolist(), 256], ([0, 0] + [7, 50, 100] * n)[:n])
-                for n in lengths]  # fmt: skip
+    examples = [([*random.integers(0, 256, n - 1).tolist(), EOT], ([0, 0] + [7, 50, 100] * n)[:n])
+                for n in lengths]
     data = sft_folder(tmp_path / "data", train=examples, val=examples)
 
     def step(layout, isolate=True):
-        flags = {"rows_per_step": 8, "batch_size": batch_size, "layout": layout, "isolate": isolate}
-        config = train_sft.Config(data, "", block_size=20, **flags)
+        config = train_sft.Config(data, "", block_size=20, rows_per_step=8, batch_size=batch_size,
+                                  layout=layout, isolate=isolate)
         rows = train_sft.open_rows(config, "val")  # in the data's order
-        micro_batches = next(load_steps(rows, config, ALONE, 0, sft_batches(config)))
-        assert len(micro_batches) == 8 // batch_size  # an epoch, and filler up to 8 rows
+        micro_batches = next(load_steps(rows, config, ALONE, 0))
+        assert len(micro_batches) == 8 // batch_size  # the whole epoch, and filler up to 8 rows
         return step_gradients(tiny_model(), micro_batches)
 
     want, want_grads = step("pad")
@@ -267,12 +262,12 @@ def test_the_trainers_step_is_the_same_in_every_layout_that_cuts_no_example(tmp_
 
 
 def test_bucket_cuts_off_columns_that_are_padding_in_the_whole_micro_batch(tmp_path):
-    examples = [([*range(n - 1), 256], [100] * n) for n in (4, 5, 9, 7)]
+    examples = [([*range(n - 1), EOT], [100] * n) for n in (4, 5, 9, 7)]
     data = sft_folder(tmp_path / "data", train=examples)
     rows = SFTDataset(data, "train", 16, "bucket", seed=None, rows_per_step=2)
-    config = train_sft.Config("", "", layout="bucket", batch_size=2, rows_per_step=2)
-    batches = list(sft_batches(config)(rows, 2))
-    assert [tuple(batch.x.shape) for batch in batches] == [(2, 4), (2, 8)]  # n ids read n - 1
+    steps = load_steps(rows, train_sft.Config("", "", batch_size=2, rows_per_step=2), ALONE, 0)
+    batches = [*next(steps), *next(steps)]
+    assert [tuple(batch.x.shape) for batch in batches] == [(2, 4), (2, 8)]  # n ids: n - 1 inputs
     assert [batch.n_tokens for batch in batches] == [3 + 4, 6 + 8]
     assert all(batch.segments is None for batch in batches)
 
@@ -280,7 +275,7 @@ def test_bucket_cuts_off_columns_that_are_padding_in_the_whole_micro_batch(tmp_p
 # ----- the order of the rows ---------------------------------------------------------------------
 
 
-class Numbers(torch.utils.data.Dataset):
+class Numbers:
     """Row i is the number i; filler is -1."""
 
     def __init__(self, n):
@@ -296,70 +291,77 @@ class Numbers(torch.utils.data.Dataset):
     def filler(self):
         return -1
 
-    def set_epoch(self, epoch):
-        pass
-
-    def verify(self, first_row, last_row):
-        assert 0 <= first_row <= last_row < self.n
+    def collate(self, rows):
+        return {"x": torch.tensor(rows), "y": None}
 
 
-def rows_of_steps(world_size, batch_size, first_step, n_steps=7):
-    """[the rows of each step, all ranks together]; each rank has equally many micro-batches."""
+def rows_of_steps(world_size, batch_size, done, n_steps=7):
+    """The sorted rows of each step, of all ranks; each rank has equally many micro-batches."""
     config = train_gpt2.Config("", "", batch_size=batch_size, rows_per_step=8)
-    steps = [[] for _ in range(n_steps)]
+    found = [[] for _ in range(n_steps)]
     for rank in range(world_size):
-        run = Run(rank, world_size, torch.device("cpu"))
-        stream = load_steps(Numbers(21), config, run, first_step, number_batches)
-        for step, micro_batches in zip(steps, stream):
-            sizes = {len(batch) for batch in micro_batches}
-            assert sizes == {batch_size}
-            assert len(micro_batches) == 8 // (batch_size * world_size)
-            step += torch.cat(micro_batches).tolist()
-    return [sorted(step) for step in steps]
+        rows = Numbers(21)
+        steps = load_steps(rows, config, Ranks(rank, world_size, CPU), done)
+        for number, step in enumerate(found, done):
+            micro_batches = next(steps)
+            assert rows.epoch == number // 3
+            assert [len(batch.x) for batch in micro_batches] == (
+                [batch_size] * (8 // (batch_size * world_size)))
+            step += [row for batch in micro_batches for row in batch.x.tolist()]
+    return [sorted(step) for step in found]
 
 
-def number_batches(rows, batch_size):
-    yield from DataLoader(rows, batch_size)
-
-
-@pytest.mark.parametrize("first_step", [0, 1, 2, 3, 5])
+@pytest.mark.parametrize("done", [0, 1, 2, 3, 5])
 @pytest.mark.parametrize("world_size, batch_size", [(1, 8), (1, 1), (2, 2), (4, 1), (8, 1), (2, 4)])
-def test_a_steps_rows_depend_on_neither_ranks_nor_micro_batch_nor_resume(
-    world_size, batch_size, first_step
-):
+def test_rows_of_a_step_depend_on_neither_ranks_nor_micro_batches_nor_resuming(
+        world_size, batch_size, done):
     # 21 rows, 8 a step: an epoch ends with a short step of 5 rows and 3 of filler
     epoch = [list(range(8)), list(range(8, 16)), [-1, -1, -1, *range(16, 21)]]
-    want = (epoch * 4)[first_step : first_step + 7]
-    assert rows_of_steps(world_size, batch_size, first_step) == want
+    assert rows_of_steps(world_size, batch_size, done) == (epoch * 4)[done : done + 7]
 
 
-def test_a_rank_without_a_row_left_gets_filler_of_the_same_shape(tmp_path):
-    data = sft_folder(tmp_path / "data", train=random_examples(3))
-    rows = SFTDataset(data, "train", 20, "pad")
+def test_rank_without_rows_left_gets_filler_of_the_same_shape(tmp_path):
+    data = sft_folder(tmp_path / "data", train=[([7, 8, EOT], [0, 100, 100])] * 3)
     config = train_sft.Config("", "", batch_size=2, rows_per_step=8)
-    part = RankRows(rows, config, Run(1, 4, torch.device("cpu")))  # rows 2 and 3 of 3
-    assert [bool((row["labels"] != -100).any()) for row in part] == [True, False]
-    part = RankRows(rows, config, Run(3, 4, torch.device("cpu")))  # rows 6 and 7 of 3
-    for row in part:
-        assert (row["labels"] == -100).all() and (row["segments"] == -1).all()
-        assert row["input_ids"].shape == (20,) and not row["weights"].any()
+
+    def micro_batch(rank):
+        """Its rows 2 * rank and 2 * rank + 1, of three."""
+        rows = SFTDataset(data, "train", 2, "fit")
+        (batch,) = next(load_steps(rows, config, Ranks(rank, 4, CPU), 0))
+        return batch
+
+    assert micro_batch(1).y.tolist() == [[8, EOT], [-100, -100]]
+    assert micro_batch(1).segments.tolist() == [[0, 0], [-1, -1]]
+    filler = micro_batch(3)
+    assert filler.x.shape == (2, 2) and filler.n_tokens == 0 and not filler.weights.any()
+    assert (filler.y == -100).all() and (filler.segments == -1).all()
 
 
-def test_each_example_is_trained_once_an_epoch_and_in_another_order_in_the_next(tmp_path):
-    examples = [([i, i, 256], [0, 100, 100]) for i in range(11)]
-    data = sft_folder(tmp_path / "data", train=examples)
+def test_each_example_is_trained_once_an_epoch_in_an_order_of_the_epochs_own(tmp_path):
+    data = sft_folder(tmp_path / "data", train=[([i, i, EOT], [0, 100, 100]) for i in range(11)])
     config = train_sft.Config("", "", batch_size=2, rows_per_step=4)
-    steps = load_steps(SFTDataset(data, "train", 2, "pad"), config, ALONE, 0, sft_batches(config))
-    epochs = []
-    for _ in range(2):
-        batches = [batch for _ in range(3) for batch in next(steps)]
-        x = torch.cat([batch.x for batch in batches])
-        epochs.append(x[:, 0].tolist())
-    assert sorted(epochs[0]) == sorted(epochs[1]) == [*range(11), 256]  # 256: the filler
+    steps = load_steps(SFTDataset(data, "train", 2, "pad"), config, ALONE, 0)
+    epochs = [[first for _ in range(3) for batch in next(steps) for first in batch.x[:, 0].tolist()]
+              for _ in range(2)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == [*range(11), EOT]  # EOT: the filler
     assert epochs[0] != epochs[1]
 
 
-# ----- schedule and optimiser --------------------------------------------------------------------
+def test_each_rank_verifies_a_shard_when_it_first_reads_it(tmp_path):
+    """Rows of 16 tokens, shards of 32: in the first step rank 0 reads tokens 0 to 16, of shard 0,
+    rank 1 tokens 16 to 32, the last one of shard 1, which is damaged."""
+    data = text_folder(tmp_path / "data", train=range(65), shard_tokens=32)
+    flip_a_bit(tmp_path / "data" / "train_000001.npy")
+    config = train_gpt2.Config(data, "", batch_size=1, rows_per_step=2)
+    rank_0, rank_1 = (load_steps(TokenRows(data, "train", 16), config, Ranks(rank, 2, CPU), 0)
+                      for rank in (0, 1))
+    assert next(rank_0)[0].x.tolist() == [list(range(16))]
+    for steps in (rank_0, rank_1):
+        with pytest.raises(UserError, match=r"train_000001\.npy: sha256 .* make the data again"):
+            next(steps)
+
+
+# ----- schedule and optimizer --------------------------------------------------------------------
 
 
 def lrs(n_steps, warmup_steps):
@@ -367,16 +369,22 @@ def lrs(n_steps, warmup_steps):
     return [get_lr(step, n_steps, config) for step in range(n_steps)]
 
 
-def test_the_learning_rate_at_its_corners():
+def test_learning_rate_at_its_corners():
     found = lrs(10, warmup_steps=4)
     assert found[:4] == [0.25, 0.5, 0.75, 1.0]  # step 0 is not wasted; the last warm-up is the peak
-    assert found[6] == pytest.approx(0.55)  # half-way down: the mean of 1 and 0.1
-    assert found[9] == pytest.approx(0.1)  # the last step has a tenth of the peak
+    assert found[6] == pytest.approx(0.55)  # halfway down: the mean of 1 and 0.1
+    assert found[9] == pytest.approx(0.1)  # the last step: a tenth of the peak
     assert found[3:] == sorted(found[3:], reverse=True)
     assert lrs(4, warmup_steps=1000) == [0.25, 0.5, 0.75, 1.0]  # clipped to the run
     assert lrs(2, warmup_steps=0) == pytest.approx([0.55, 0.1])
     assert lrs(1, warmup_steps=0) == pytest.approx([0.1])
     assert lrs(1, warmup_steps=1) == [1.0]
+
+
+def test_run_follows_the_schedule_from_its_first_step_to_its_last():
+    found = [row["lr"] for row in metrics(two_ranks() / "out_sft")]  # 10 steps, 2 of warm-up
+    assert found == pytest.approx([0.01 * lr for lr in lrs(10, warmup_steps=2)])
+    assert found[:2] == pytest.approx([0.005, 0.01]) and found[-1] == pytest.approx(0.001)
 
 
 def test_weight_decay_shrinks_matrices_only():
@@ -392,23 +400,20 @@ def test_weight_decay_shrinks_matrices_only():
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(before)
 
 
-def test_one_batch_is_learned_by_heart():
-    model = tiny_model(spread=0.0)
-    config = train_gpt2.Config("", "", weight_decay=0.0)
-    optimizer = make_optimizer(model, config)
-    batch = CASES["weights of 7, 50 and 100 %"]
+def test_one_batch_is_memorized():
+    model, config = tiny_model(spread=0.0), train_gpt2.Config("", "", weight_decay=0.0)
+    optimizer, batch = make_optimizer(model, config), CASES["weights of 7, 50 and 100 %"]
     losses = [train_step(model, optimizer, [batch], 1e-2, 1.0, ALONE, forward_sft)["loss"]
-              for _ in range(60)]  # fmt: skip
-    assert abs(losses[0] - math.log(320)) < 0.1  # nothing is known yet
+              for _ in range(60)]
+    assert abs(losses[0] - math.log(320)) < 0.1  # every id is about equally likely
     assert losses[-1] < 0.05
 
 
 # ----- evaluation --------------------------------------------------------------------------------
 
 
-def test_evaluate_is_the_mean_over_all_trained_tokens_of_unequal_batches():
-    model = tiny_model()
-    batch = CASES["weights of 7, 50 and 100 %"]
+def test_val_loss_is_the_mean_over_all_trained_tokens_of_unequal_batches():
+    model, batch = tiny_model(), CASES["weights of 7, 50 and 100 %"]
     parts = [pick(batch, 0), pick(batch, 1, 2, 3)]
     logits, counted = model(batch.x, segments=batch.segments), batch.y != -100
     nll = F.cross_entropy(logits[counted], batch.y[counted], reduction="none")
@@ -421,16 +426,49 @@ def test_evaluate_is_the_mean_over_all_trained_tokens_of_unequal_batches():
     assert found["val_loss"] != pytest.approx(sum(means) / 2, rel=1e-3)
 
 
-def test_evaluate_counts_right_predictions_by_hand():
-    x = torch.tensor([[1, 2, 3, 4]])
-    model = tiny_model()
-    y = model(x).argmax(-1)  # what it predicts
-    y[0, 0], y[0, 1] = (y[0, 0] + 1) % 320, -100
-    found = evaluate(model, [MicroBatch(x, y)], ALONE)
-    assert found["val_accuracy"] == pytest.approx(2 / 3)
+def test_accuracy_counts_trained_targets_only():
+    model, x = tiny_model(), torch.tensor([[1, 2, 3, 4]])
+    y = model(x).argmax(-1)  # four correct predictions; now one wrong and one ignored
+    y[0, 0], y[0, 1] = (y[0, 0] + 1) % 261, -100
+    assert evaluate(model, [MicroBatch(x, y)], ALONE)["val_accuracy"] == pytest.approx(2 / 3)
 
 
-# ----- importing does nothing --------------------------------------------------------------------
+def test_ranks_share_the_rows_that_eval_tokens_selects():
+    config = train_gpt2.Config("", "", batch_size=2, block_size=16, eval_tokens=7 * 16 + 15)
+    shares = [[batch.x.tolist() for batch in eval_batches(Numbers(10), config, Ranks(rank, 2, CPU))]
+              for rank in (0, 1)]
+    assert shares == [[[0, 2], [4, 6]], [[1, 3], [5]]]  # 7 rows of 16 tokens
+
+
+@pytest.mark.parametrize("splits", [["train"], ["train", "val"]])
+def test_dt_holds_loading_training_and_saving_but_no_evaluation(splits, tmp_path, monkeypatch):
+    """On a fake clock, loading a step takes 1 s, training 2 s, saving 10 s, evaluating 1,000 s."""
+    clock = SimpleNamespace(now=0.0, perf_counter=lambda: clock.now)
+    monkeypatch.setattr(train_gpt2, "time", clock)
+
+    def takes(seconds, function):
+        def timed(*args, **kwargs):
+            clock.now += seconds
+            return function(*args, **kwargs)
+        return timed
+
+    for name, seconds in (("train_step", 2), ("save_checkpoint", 10), ("evaluate", 1000)):
+        monkeypatch.setattr(train_gpt2, name, takes(seconds, getattr(train_gpt2, name)))
+    monkeypatch.setattr(TokenRows, "collate", takes(1, TokenRows.collate))
+    judge = takes(1000, lambda *_: {})
+    data = text_folder(tmp_path / "data", **dict.fromkeys(splits, range(100)))
+    flags = TINY | {"rows_per_step": 2, "eval_every": 2, "save_every": 3}  # one load a step
+    config = train_gpt2.Config(data, str(tmp_path / "out"), max_steps=5, **flags)
+    quietly(lambda config: train_gpt2.train(config, train_gpt2.open_rows, forward_text, judge),
+            config)
+    rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").open()]
+    assert [row["dt"] for row in rows] == [3, 3, 3, 13, 3]  # step 4 waits for the save after 3
+    assert [row["tokens_per_s"] for row in rows] == [32 / row["dt"] for row in rows]
+
+
+
+
+# ----- importing has no effect -------------------------------------------------------------------
 
 WATCHED = """
 import os, random, sys
@@ -449,39 +487,33 @@ print(sorted(heavy & set(sys.modules)), os.listdir("."))
 """
 
 
-def test_importing_the_trainers_does_nothing(tmp_path):
-    """No process group, seed, file, CUDA or command line, and no library that a run can do without.
-
-    RANK and WORLD_SIZE are set, as under torchrun: an import must not act on them.
-    """
-    import os
-
-    here = str(Path(train_gpt2.__file__).parent)
+def test_importing_the_trainers_has_no_effect(tmp_path):
+    """No process group, seed, file or CUDA, no look at the command line or torchrun's variables,
+    and no library that a run can do without."""
     found = subprocess.run(
-        [sys.executable, "-c", WATCHED, "--no_such_flag", here],
+        [sys.executable, "-c", WATCHED, "--no_such_flag", str(Path(train_gpt2.__file__).parent)],
         cwd=tmp_path, capture_output=True, text=True,
-        env=os.environ | {"RANK": "0", "WORLD_SIZE": "2", "PYTHONDONTWRITEBYTECODE": "1"},
-    )  # fmt: skip
-    assert found.stdout == "[] []\n", found.stderr
-    assert not found.stderr
+        env=os.environ | {"RANK": "0", "WORLD_SIZE": "2", "PYTHONDONTWRITEBYTECODE": "1"})
+    assert (found.stdout, found.stderr) == ("[] []\n", "")
+
+
+# ----- torch.compile -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layout", ["fit", "stream", "pad"])
-def test_compiled_blocks_are_not_compiled_again_after_the_first_steps(layout, sft_shards):
+def test_compiled_blocks_are_not_compiled_again_after_the_first_steps(layout, tmp_path):
     """What differs from step to step (segments, the number of targets) stays outside the graphs."""
     torch._dynamo.reset()
-    data = sft_shards([{"prompt": "x" * n, "response": "y" * (1 + n % 5)} for n in range(1, 40)])
-    config = train_sft.Config(data=data, out="", layout=layout, block_size=64, batch_size=2,
-                              rows_per_step=2, n_layer=2, n_head=2, n_embd=16)  # fmt: skip
+    data = sft_folder(tmp_path / "data", train=random_examples(39, longest=60))
+    config = train_sft.Config(data, "", layout=layout, block_size=64, batch_size=2, rows_per_step=2)
     model = GPT(GPTConfig(block_size=64, vocab_size=320, n_layer=2, n_head=2, n_embd=16))
     for block in model.transformer.h:
         block.compile(backend="aot_eager")
-    run, rows = train_gpt2.Run(0, 1, torch.device("cpu")), train_sft.open_rows(config, "train")
-    optimizer = train_gpt2.make_optimizer(model, config)
-    steps = train_gpt2.load_steps(rows, config, run, 0, train_sft.sft_batches(config))
+    optimizer = make_optimizer(model, config)
+    steps = load_steps(train_sft.open_rows(config, "train"), config, ALONE, 0)
     compiled = []
     for _ in range(8):
-        train_gpt2.train_step(model, optimizer, next(steps), 1e-3, 1.0, run, forward_sft)
+        train_step(model, optimizer, next(steps), 1e-3, 1.0, ALONE, forward_sft)
         compiled.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     assert compiled[0] > 0
     assert compiled[-1] == compiled[2]

@@ -1,8 +1,8 @@
-"""Draw training runs: loss, learning rate and gradient norm, several runs over each other.
+"""Draw the loss, learning rate and gradient norm of one or several training runs.
 
-    python plot.py out/base/metrics.jsonl out/sft/metrics.jsonl --out loss.png
+    python -m tools.plot out/base/metrics.jsonl out/sft/metrics.jsonl --out loss.png
 
-The faint line is every step, the strong one their running mean, dots are the validation loss.
+The faint line is every step, the strong line their running mean; dots are the validation loss.
 """
 
 import dataclasses
@@ -11,9 +11,10 @@ from typing import Annotated
 
 import tyro
 
-from fineweb import read_rows, run_cli
+from nanosft.cli import UserError, run_cli
+from nanosft.sources import read_rows
 
-PANELS = {"loss": "loss (nats a token)", "lr": "learning rate", "grad_norm": "gradient norm"}
+PANELS = {"loss": "loss (nats per token)", "lr": "learning rate", "grad_norm": "gradient norm"}
 KEYS = ("step", *PANELS)
 
 
@@ -27,19 +28,19 @@ class Config:
 
 
 def read_run(path: str) -> list[dict]:
-    """The rows of a run. ValueError: no such file, not JSON, no rows, not metrics."""
+    """The rows of a run. UserError: no such file, not JSON, no rows, or not metrics."""
     rows = []
     for place, row in read_rows(path):
         if not isinstance(row, dict) or not all(key in row for key in KEYS):
-            raise ValueError(f"{place}: no metrics; a row needs {', '.join(KEYS)}")
+            raise UserError(f"{place}: not a row of metrics; it needs {', '.join(KEYS)}")
         rows.append(row)
     if not rows:
-        raise ValueError(f"{path}: no rows")
+        raise UserError(f"{path}: no rows")
     return rows
 
 
 def running_mean(values: list[float], rate: float) -> list[float]:
-    """Exponential, without a bias towards the start."""
+    """Exponential, without a bias toward the first value."""
     means, total, weight = [], 0.0, 0.0
     for value in values:
         total, weight = (1 - rate) * total + rate * value, (1 - rate) * weight + rate
@@ -47,28 +48,28 @@ def running_mean(values: list[float], rate: float) -> list[float]:
     return means
 
 
-def draw(axes, rows: list[dict], name: str, colour: str) -> None:
+def draw(axes, rows: list[dict], name: str, color: str) -> None:
     steps = [row["step"] for row in rows]
     for ax, (key, label) in zip(axes, PANELS.items()):
         values = [row[key] for row in rows]
         if key != "lr":  # the schedule is smooth as it is
-            ax.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
+            ax.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
             values = running_mean(values, rate=min(1, 60 / len(rows)))
-        ax.plot(steps, values, color=colour, label=name)
+        ax.plot(steps, values, color=color, label=name)
         ax.set(xlabel="step", title=label)
     checked = [row for row in rows if "val_loss" in row]
     axes[0].plot([row["step"] for row in checked], [row["val_loss"] for row in checked], "o--",
-                 color=colour, markeredgecolor="black", linewidth=0.8,
-                 label=f"{name}, validation" if checked else None)  # fmt: skip
+                 color=color, markeredgecolor="black", linewidth=0.8,
+                 label=f"{name}, validation" if checked else None)
 
 
 def main(config: Config) -> None:
     runs = [(Path(path).resolve().parent.name, read_run(path)) for path in config.metrics]
     if not runs:
-        raise ValueError("give at least one metrics.jsonl")
+        raise UserError("give at least one metrics.jsonl")
     import matplotlib
 
-    matplotlib.use("Agg")  # a file, no window
+    matplotlib.use("Agg")  # to a file; no window
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")

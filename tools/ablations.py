@@ -1,29 +1,28 @@
-"""One flag changed at a time: what each choice of fine-tuning is worth on the lesson.
+"""What each choice of fine-tuning is worth on the lesson: one flag changed at a time.
 
     bash runs/ablations.sh                # makes the lessons that this file reads, then runs it
 
-Every run starts from the lesson's base of its seed, with the lesson's data and number of steps, in
-this process (which saves the import of torch). Prints a markdown table: mean over the seeds, and
-the lowest and highest where there are several.
+Each run starts from the base model of its seed's lesson, with the lesson's data and number of
+steps, in this process, which imports torch only once. Prints a markdown table: the mean over the
+seeds and, where there are several, the lowest and the highest.
 """
 
 import contextlib
 import dataclasses
 import io
-import json
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root
 import evaluate
 import train_sft
-from data.worksheet import read_rows, results_of
-from fineweb import run_cli, sha256_of
-from sft_data import LAYOUTS, SFTDataset
+from data.worksheet import read_answers, results_of
+from nanosft.cli import run_cli
+from nanosft.shards import read_meta, sha256_of, write_meta
+from packing import LAYOUTS
+from sft_data import SFTDataset
 
 COLUMNS = ("heldout_acc", "trained_acc", "stop_rate")
 
@@ -41,12 +40,15 @@ class Config:
 
 
 def lesson_flags(lesson: Path, seed: int) -> dict:
-    """The flags of runs/lesson.sh's fine-tuning, read there so that they cannot differ."""
-    words = (Path(__file__).parent / "lesson.sh").read_text().split("both train_sft.py", 1)[1]
-    words = words.split("\n\n", 1)[0].replace("\\\n", " ").split()
+    """The fine-tuning flags of runs/lesson.sh, read from it so that they cannot differ."""
+    script = (Path(__file__).parents[1] / "runs/lesson.sh").read_text()
+    command = script.split("both train_sft.py", 1)[1].split("\n\n", 1)[0]
+    words = command.replace("\\\n", " ").split()
     flags = {word[2:]: words[i + 1] for i, word in enumerate(words) if word.startswith("--")}
-    kept = {name: flags[name] for name in ("rows_per_step", "max_steps", "warmup_steps")}
-    return {key: int(value) for key, value in kept.items()} | {
+    return {
+        "rows_per_step": int(flags["rows_per_step"]),
+        "max_steps": int(flags["max_steps"]),
+        "warmup_steps": int(flags["warmup_steps"]),
         "learning_rate": float(flags["learning_rate"]),
         "layout": flags["layout"],
         "block_size": 64,
@@ -62,7 +64,7 @@ def lesson_flags(lesson: Path, seed: int) -> dict:
 
 
 def trained_a_row(flags: dict, layout: str) -> float:
-    """Trained tokens of an average row: what `as many trained tokens` is reckoned with."""
+    """Trained tokens of an average row, for `as many trained tokens`."""
     rows = SFTDataset(flags["data"], "train", flags["block_size"], layout)
     trained = sum(int((rows[i]["labels"] >= 0).sum()) for i in range(len(rows)))
     return trained / len(rows)
@@ -83,12 +85,10 @@ def variants(flags: dict) -> tuple[dict, dict]:
     for layout in LAYOUTS:
         if layout != flags["layout"]:
             ratio = trained_a_row(flags, flags["layout"]) / trained_a_row(flags, layout)
-            as_many = {"layout": layout, "max_steps": round(steps * ratio)}
+            n_steps = round(steps * ratio)
             every[f"{layout}, as many steps"] = ({"layout": layout}, "")
-            every[f"{layout}, as many trained tokens ({as_many['max_steps']} steps)"] = (
-                as_many,
-                "",
-            )
+            every[f"{layout}, as many trained tokens ({n_steps} steps)"] = (
+                {"layout": layout, "max_steps": n_steps}, "")
     once = {
         "learning rate x10": ({"learning_rate": lr * 10}, ""),
         "learning rate /10": ({"learning_rate": lr / 10}, ""),
@@ -100,9 +100,9 @@ def variants(flags: dict) -> tuple[dict, dict]:
 
 
 def break_mask(data: str, how: str, to: Path) -> str:
-    """The shards with each trained run begun one token early (long) or late (short). Test only."""
+    """The shards, but each trained span begins one token early (long) or late (short)."""
     shutil.copytree(data, to)
-    meta = json.loads((to / "meta.json").read_text())
+    meta = read_meta(str(to), "sft")
     for shard in meta["splits"]["train"]["files"]:
         ids = np.load(to / shard["file"])
         trained = ids[1] > 0
@@ -112,11 +112,11 @@ def break_mask(data: str, how: str, to: Path) -> str:
             ids[1, 1:][~trained[:-1]] = 0
         np.save(to / shard["file"], ids)
         shard["sha256"] = sha256_of(to / shard["file"])
-    (to / "meta.json").write_text(json.dumps(meta))
+    write_meta(to, meta)
     return str(to)
 
 
-# ----- run and tell ------------------------------------------------------------------------------
+# ----- runs and the table ------------------------------------------------------------------------
 
 
 def run_variant(root: Path, seed: int, name: str, change: dict, mask: str) -> dict[str, float]:
@@ -127,18 +127,10 @@ def run_variant(root: Path, seed: int, name: str, change: dict, mask: str) -> di
     questions = str(lesson / "text/questions.jsonl")
     with contextlib.redirect_stdout(io.StringIO()):
         train_sft.main(train_sft.Config(**flags))
-        evaluate.main(
-            evaluate.Config(
-                model=flags["out"],
-                data=questions,
-                device="cpu",
-                batch_size=128,
-                max_new_tokens=32,
-                save=str(out / "answers.jsonl"),
-            )
-        )
-    n_trained = len(read_rows(lesson / "text/trained.jsonl"))
-    return results_of(read_rows(out / "answers.jsonl"), n_trained)
+        evaluate.main(evaluate.Config(flags["out"], questions, device="cpu", batch_size=128,
+                                      max_new_tokens=32, save=str(out / "answers.jsonl")))
+    n_trained = len(read_answers(lesson / "text/trained.jsonl"))
+    return results_of(read_answers(out / "answers.jsonl"), n_trained)
 
 
 def cell(values: list[float]) -> str:

@@ -1,25 +1,26 @@
-"""nanosft beside what one would use instead: the same rows, model, machine; processes take turns.
+"""nanosft compared with its alternatives, on the same rows, model and machine.
 
-    pip install 'trl==1.16.*' 'transformers>=5' && python runs/compare_peers.py --data gsm8k.jsonl
-    python runs/compare_peers.py --only sft,share --repeats 5 --json out/peers.jsonl
+    pip install 'trl==1.16.*' 'transformers>=5'
+    python -m tools.compare_peers --data gsm8k.jsonl
+    python -m tools.compare_peers --only sft,share --repeats 5 --json out/peers.jsonl
 
-A developer's tool: it needs the `gpt2` vocabulary, and leaves out the peers that are not installed
-(--peers_python names another Python that has them). Each contender measures in its own process,
-`repeats` times, in turn; what is printed are medians, their range and ratios. Peers:
-- trl: SFTTrainer(packing=True), its default best-fit strategy, fed with our ids and masks. Its
-  default gradient checkpointing is off: faster for it, at the price of memory.
-- transformers: a plain loop over padded batches, labels -100; as many examples as make our tokens.
-- full_logits: nanoGPT's way. Our model, rows, optimiser and step, but the head at all positions,
-  F.cross_entropy(ignore_index=-100), and examples kept apart by a dense mask.
+For developers: it needs the `gpt2` vocabulary, and leaves out the peers that are not installed
+(--peers_python names another Python that has them). The contenders take turns, `repeats` times,
+each in its own process; the table has medians, their range and ratios. Peers:
+- trl: SFTTrainer(packing=True) with its default best-fit strategy, on nanosft's ids and masks. Its
+  default gradient checkpointing is off: that is faster, but takes more memory.
+- transformers: a plain loop over padded batches, labels -100; about as many tokens per step.
+- full_logits: nanoGPT's way. nanosft's model, rows, optimizer and step, but the head runs at all
+  positions, F.cross_entropy(ignore_index=-100), and a dense mask keeps examples apart.
 - full_logits_causal: the same without isolation, as nanoGPT itself would do it: less work.
-tokens/s are tokens that are no padding over the time of an optimiser step, loading included.
+tokens/s are non-padding tokens over the time of an optimizer step, loading included.
 """
 
 import collections
 import dataclasses
+import hashlib
 import json
 import os
-import resource
 import shutil
 import statistics
 import subprocess
@@ -30,15 +31,22 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import sft_data
+from model import GPT, GPTConfig
+from nanosft import fast
+from nanosft.checkpoint import peak_memory_gb
+from nanosft.cli import UserError, run_cli
+from nanosft.shards import Shards, ShardWriter, find_examples, read_meta, write_meta
+from nanosft.sources import messages_of, read_rows
+from packing import Plan
+from tokenizer import END_OF_TEXT, SPECIALS, get_encoding
+from tools import bench
 
-from fineweb import ShardWriter, open_shards, read_meta, read_rows, run_cli, write_meta
-from sft_data import messages_of
-from tokenizer import get_encoding
-
-ROOT = Path(__file__).resolve().parent.parent
-COMPARISONS = {  # ours first
+COMPARISONS = {  # nanosft first
     "sft": ("nanosft", "trl", "transformers", "full_logits", "full_logits_causal"),
     "share": ("nanosft", "full_logits", "full_logits_causal"),
     "pretrain": ("nanosft", "transformers", "full_logits"),
@@ -48,6 +56,7 @@ COMPARISONS = {  # ours first
     "startup": ("nanosft",),
 }
 PEERS = ("trl", "transformers")
+CPU = torch.device("cpu")
 
 
 @dataclasses.dataclass
@@ -55,7 +64,7 @@ class Config:
     """Compare nanosft with TRL, transformers and a loop with full logits."""
 
     data: str | None = None
-    """chat rows of one turn (.jsonl); default: made up, with GSM8K's lengths"""
+    """chat rows of one turn (.jsonl); default: random words with GSM8K's lengths"""
     only: str = ",".join(COMPARISONS)
     """what to compare, separated by commas"""
     n_layer: int = 6
@@ -65,7 +74,7 @@ class Config:
     batch_size: int = 4
     """rows of a micro-batch, which here is a step"""
     steps: int = 5
-    """timed steps a process"""
+    """timed steps per process"""
     warmup: int = 1
     repeats: int = 3
     trained_share: float = 0.25
@@ -74,12 +83,12 @@ class Config:
     """prompts at once, in `generate`"""
     new_tokens: int = 256
     prepare_times: int = 10
-    """`prepare`: copies of the rows for us and tiktoken; TRL gets one, its rate is the same"""
+    """`prepare`: copies of the rows for nanosft and tiktoken; TRL gets one, its rate is the same"""
     peers_python: str = sys.executable
     json: str | None = None
     """append each process's result to this file"""
     job: str | None = None
-    """(the parent's) one contender to measure, as JSON"""
+    """(from the parent process) one contender to measure, as JSON"""
 
 
 @dataclasses.dataclass
@@ -94,30 +103,26 @@ class Job:
 
 
 def make_data(config: Config, job: Job) -> dict:
-    """rows.jsonl, and shards of it: sft as sft_data.py makes them, share and text made of those.
+    """rows.jsonl and its shards: sft as sft_data.py makes them; share and text made from those.
 
-    In a process of its own, too: a child's peak memory starts at its parent's.
+    Also in its own process: a child's peak memory starts at its parent's.
     """
     folder = Path(job.folder)
     source = folder / "rows.jsonl"
     if config.data:
         shutil.copy(config.data, source)
     else:
-        from bench import random_jsonl
-
-        random_jsonl(source, 7_473)
+        bench.random_jsonl(source, 7_473)
     prepare(source, folder / "sft")
-    meta = read_meta(str(folder / "sft"), "sft")
-    ids, weights = open_shards(str(folder / "sft"), meta, "train")[0]
-    lengths = np.diff(np.flatnonzero(ids == get_encoding("gpt2").eot_token), prepend=-1)
-    to_go = np.repeat(np.cumsum(lengths), lengths) - np.arange(len(ids))  # n, …, 2, 1
-    trained = to_go <= np.repeat((config.trained_share * lengths).round(), lengths)
-    share = np.stack([ids, 100 * trained.astype(np.uint16)])
-    for name, kind, pieces in (("share", "sft", share), ("text", "text", np.array(ids))):
+    shards, lengths = open_sft(job)
+    ids, weights = shards[0 : len(shards)]
+    trained = 100 * bench.last_part(lengths, config.trained_share).astype(np.uint16)
+    for name, kind, piece in (("share", "sft", np.stack([ids, trained])), ("text", "text", ids)):
         (folder / name).mkdir()
         writer = ShardWriter(folder / name, "train", 1 << 40)
-        writer.add(pieces)
-        write_meta(folder / name, {**meta, "kind": kind, "splits": {"train": writer.finish()}})
+        writer.add(piece)
+        meta = {**shards.meta, "kind": kind, "splits": {"train": writer.finish()}}
+        write_meta(folder / name, meta)
     return {"tokens": len(ids), "examples": len(lengths), "trained_share": (weights > 0).mean()}
 
 
@@ -125,74 +130,51 @@ def prepare(source: Path, out: Path) -> float:
     """Seconds of the command sft_data.py."""
     clock = time.perf_counter()
     words = ["--source", source, "--out", out, "--encoding", "gpt2", "--val_fraction", "0"]
-    subprocess.run([sys.executable, ROOT / "sft_data.py", *words], check=True, capture_output=True)
+    subprocess.run([sys.executable, sft_data.__file__, *words], check=True, capture_output=True)
     return time.perf_counter() - clock
 
 
-def examples_of(folder: str) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(ids, weights) of each example in the shards that sft_data.py made."""
-    ids, weights = open_shards(folder, read_meta(folder, "sft"), "train")[0]
-    cuts = np.flatnonzero(ids == get_encoding("gpt2").eot_token)[:-1] + 1
-    return list(zip(np.split(ids.astype(np.int64), cuts), np.split(weights, cuts)))
+def open_sft(job: Job) -> tuple[Shards, np.ndarray]:
+    """The shards that sft_data.py made, and the length of each example."""
+    shards = Shards(f"{job.folder}/sft", "train", "sft")
+    return shards, find_examples(shards, get_encoding("gpt2").eot_token)[1]
+
+
+def examples_of(job: Job) -> list[np.ndarray]:
+    """(ids, weights), int64 (2, n), of each example."""
+    shards, lengths = open_sft(job)
+    return np.split(shards[0 : len(shards)].astype(np.int64), np.cumsum(lengths)[:-1], axis=1)
 
 
 # ----- training ----------------------------------------------------------------------------------
 
 
 def train_ours(config: Config, job: Job) -> dict:
-    """nanosft's own loop; `full_logits`: with nothing but the forward pass exchanged."""
-    import bench
-    import model as gpt
-    import train_gpt2
-    import train_sft
-
-    if job.who == "full_logits":
-        isolate = gpt.isolate
-        gpt.isolate = lambda segments: (isolate(segments)[0], gpt.Masked(segments))
-    sizes = {key: getattr(config, key) for key in ("n_layer", "n_head", "n_embd", "block_size")}
-    sizes |= {
-        "batch_size": config.batch_size,
-        "rows_per_step": config.batch_size,
-        "init": "scratch",
-    }
+    """nanosft's own step; the full_logits contenders replace nothing but the forward pass."""
+    flags = {key: getattr(config, key) for key in ("n_layer", "n_head", "n_embd", "block_size")}
+    flags |= {"batch_size": config.batch_size, "rows_per_step": config.batch_size, "device": "cpu"}
+    if job.what != "pretrain":
+        flags["isolate"] = job.who != "full_logits_causal"
     data = f"{job.folder}/{'text' if job.what == 'pretrain' else job.what}"
-    if job.what == "pretrain":
-        c = train_gpt2.Config(data, "", device="cpu", **sizes)
-        rows, batches = train_gpt2.TokenRows(data, "train", c.block_size), train_gpt2.text_batches
-        forward = train_gpt2.forward_text
-    else:
-        isolated = job.who != "full_logits_causal"
-        c = train_sft.Config(data, "", device="cpu", isolate=isolated, **sizes)
-        rows, batches = train_sft.open_rows(c, "train"), train_sft.sft_batches(c)
-        forward = train_sft.forward_sft
+    c, rows, forward = bench.open_training(job.what, data, **flags)
     if job.who != "nanosft":
         forward = forward_full_logits
+        fast.attention_within = lambda segments: None  # so the model takes the dense mask
     bench_config = bench.Config(device="cpu", steps=config.steps, warmup=config.warmup)
-    return bench.measure_steps(bench_config, c, rows, batches, forward)
+    return bench.measure_steps(bench_config, c, rows, forward)
 
 
 def forward_full_logits(model, x, y, weights=None, segments=None) -> tuple:
-    import torch.nn.functional as F
-
-    logits = model(x, segments=segments)  # (B, T, V)
-    loss_sum = F.cross_entropy(
-        logits.flatten(0, 1), y.flatten(), ignore_index=-100, reduction="sum"
-    )
-    return loss_sum, None
+    logits = model(x, segments=segments).flatten(0, 1)  # (B * T, V)
+    return F.cross_entropy(logits, y.flatten(), ignore_index=-100, reduction="sum"), None
 
 
-def result(tokens: list[int], trained: list[int], seconds: list[float]) -> dict:
-    """Medians over the steps, and this process's peak memory."""
-    return {
-        "tokens_per_s": statistics.median(n / dt for n, dt in zip(tokens, seconds)),
-        "trained_share": sum(trained) / sum(tokens),
-        "step_s": statistics.median(seconds),
-        "peak_memory_gb": peak_memory_gb(),
-    }
-
-
-def peak_memory_gb() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+def result(steps: list[dict]) -> dict:
+    """Of steps {tokens, trained, dt}: medians, and this process's peak memory."""
+    trained, tokens = (sum(step[key] for step in steps) for key in ("trained", "tokens"))
+    return {**bench.median_rates(steps, "tokens"), "trained_share": trained / tokens,
+            "step_s": statistics.median(step["dt"] for step in steps),
+            "peak_memory_gb": peak_memory_gb(CPU)}
 
 
 def hugging_face_model(config: Config):
@@ -206,37 +188,31 @@ def hugging_face_model(config: Config):
 
 def padded_batches(config: Config, job: Job) -> Iterator[dict]:
     """Whole examples at random, right-padded to the longest; or rows of text, without padding."""
-    import torch
-    from torch.nn.utils.rnn import pad_sequence
-
+    T, B = config.block_size, config.batch_size
     if job.what == "pretrain":
-        ids = open_shards(f"{job.folder}/text", read_meta(f"{job.folder}/text", "text"), "train")[0]
-        T, B = config.block_size, config.batch_size
-        for start in range(0, len(ids) - B * T, B * T):
-            x = torch.from_numpy(ids[start : start + B * T].astype(np.int64)).view(B, T)
+        shards = Shards(f"{job.folder}/text", "train", "text")
+        for start in range(0, len(shards) - B * T, B * T):
+            x = torch.from_numpy(shards[start : start + B * T].astype(np.int64)).view(B, T)
             yield {"input_ids": x, "labels": x, "attention_mask": None}
-    examples = [(ids[: config.block_size], w[: config.block_size])
-                for ids, w in examples_of(f"{job.folder}/sft")]  # fmt: skip
+        return
+    examples = [torch.from_numpy(example[:, :T]) for example in examples_of(job)]  # (2, n) each
     order = np.random.default_rng(0).permutation(len(examples))
-    mean = sum(len(ids) for ids, _ in examples) / len(examples)
-    size = round(config.batch_size * config.block_size / mean)
+    size = round(B * T * len(examples) / sum(example.size(1) for example in examples))
     for start in range(0, len(order) - size, size):
         batch = [examples[i] for i in order[start : start + size]]
-        x = [torch.from_numpy(ids) for ids, _ in batch]
-        y = [torch.from_numpy(np.where(w > 0, ids, -100)) for ids, w in batch]
-        mask = pad_sequence([torch.ones_like(ids) for ids in x], True)
-        x, y = pad_sequence(x, True, 50256), pad_sequence(y, True, -100)
-        yield {"input_ids": x, "labels": y, "attention_mask": mask}
+        x = [ids for ids, _ in batch]
+        y = [ids.where(weights > 0, -100) for ids, weights in batch]
+        mask = [torch.ones_like(ids) for ids in x]
+        yield {"input_ids": pad_sequence(x, True, 50256), "labels": pad_sequence(y, True, -100),
+               "attention_mask": pad_sequence(mask, True)}
 
 
 def train_transformers(config: Config, job: Job) -> dict:
-    import torch
-
     model = hugging_face_model(config)
     optimizer = torch.optim.AdamW(model.parameters(), 5e-5, fused=True)
-    batches, rows = padded_batches(config, job), []
-    for _ in range(config.warmup + config.steps):
-        clock = time.perf_counter()
+    batches = padded_batches(config, job)
+
+    def step() -> dict:
         batch = next(batches)
         model(**batch).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -244,71 +220,66 @@ def train_transformers(config: Config, job: Job) -> dict:
         optimizer.zero_grad()
         mask, trained = batch["attention_mask"], int((batch["labels"] != -100).sum())
         tokens = batch["input_ids"].numel() if mask is None else int(mask.sum())
-        rows.append((tokens, trained, time.perf_counter() - clock))
-    return result(*map(list, zip(*rows[config.warmup :])))
+        return {"tokens": tokens, "trained": trained}
+
+    return result(bench.timed(step, config.warmup, config.steps))
 
 
 def byte_pair_tokenizer():
-    """GPT-2's tokenizer with our special tokens, of the files that tiktoken keeps: no hub."""
-    import hashlib
-
+    """GPT-2's tokenizer with our special tokens, from tiktoken's cached files: no hub."""
     import tokenizers
     from transformers import PreTrainedTokenizerFast
 
     base = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"  # tiktoken's key
-    cache = Path(
-        os.environ.get("TIKTOKEN_CACHE_DIR", Path(tempfile.gettempdir(), "data-gym-cache"))
-    )
-    vocab, merges = (str(cache / hashlib.sha1(f"{base}{name}".encode()).hexdigest())
-                     for name in ("encoder.json", "vocab.bpe"))  # fmt: skip
+    cache = os.environ.get("TIKTOKEN_CACHE_DIR", Path(tempfile.gettempdir(), "data-gym-cache"))
+    vocab, merges = (str(Path(cache, hashlib.sha1(f"{base}{name}".encode()).hexdigest()))
+                     for name in ("encoder.json", "vocab.bpe"))
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(vocab, merges))
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = tokenizers.decoders.ByteLevel()
-    bpe.add_special_tokens(["<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"])
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|endoftext|>")
+    bpe.add_special_tokens(list(SPECIALS))
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END_OF_TEXT)
 
 
-def trl_trainer(config: Config, dataset, model, out: str, callbacks=()):
+def trl_trainer(config: Config, dataset, model, job: Job, callbacks=()):
     from trl import SFTConfig, SFTTrainer
 
     args = SFTConfig(
-        out, packing=True, max_length=config.block_size, completion_only_loss=True, use_cpu=True,
-        per_device_train_batch_size=config.batch_size, max_steps=config.warmup + config.steps,
-        learning_rate=5e-5, bf16=False, gradient_checkpointing=False, report_to="none",
-        save_strategy="no", disable_tqdm=True, dataloader_pin_memory=False,
-    )  # fmt: skip
+        f"{job.folder}/out", packing=True, max_length=config.block_size, completion_only_loss=True,
+        use_cpu=True, per_device_train_batch_size=config.batch_size,
+        max_steps=config.warmup + config.steps, learning_rate=5e-5, bf16=False,
+        gradient_checkpointing=False, report_to="none", save_strategy="no", disable_tqdm=True,
+        dataloader_pin_memory=False)
     return SFTTrainer(model, args, train_dataset=dataset, processing_class=byte_pair_tokenizer(),
-                      callbacks=list(callbacks))  # fmt: skip
+                      callbacks=list(callbacks))
 
 
 def train_trl(config: Config, job: Job) -> dict:
     from datasets import Dataset
     from transformers import TrainerCallback
 
-    clocks, tokens, trained = [], [], []
+    clocks, counts = [], []
 
     class Clock(TrainerCallback):
         def on_step_end(self, *args, **kwargs):
             clocks.append(time.perf_counter())
 
     rows = [{"input_ids": ids.tolist(), "completion_mask": (weights > 0).astype(int).tolist()}
-            for ids, weights in examples_of(f"{job.folder}/sft")]  # fmt: skip
-    trainer = trl_trainer(
-        config, Dataset.from_list(rows), hugging_face_model(config), f"{job.folder}/out", [Clock()]
-    )
+            for ids, weights in examples_of(job)]
+    trainer = trl_trainer(config, Dataset.from_list(rows), hugging_face_model(config), job,
+                          [Clock()])
     collate = trainer.data_collator
 
     def counting(features):  # the n-th call makes the n-th step's batch
-        tokens.append(sum(len(row["input_ids"]) for row in features))
         batch = collate(features)
-        trained.append(int((batch["labels"] != -100).sum()))
+        counts.append({"tokens": sum(len(row["input_ids"]) for row in features),
+                       "trained": int((batch["labels"] != -100).sum())})
         return batch
 
     trainer.data_collator = counting
     trainer.train()
-    first, last = config.warmup, config.warmup + config.steps
-    seconds = np.diff(clocks).tolist()[first - 1 :]
-    return result(tokens[first:last], trained[first:last], seconds)
+    steps = [count | {"dt": dt} for count, dt in zip(counts[1:], np.diff(clocks).tolist())]
+    return result(steps[config.warmup - 1 :])
 
 
 # ----- the other comparisons ---------------------------------------------------------------------
@@ -316,10 +287,6 @@ def train_trl(config: Config, job: Job) -> dict:
 
 def generate(config: Config, job: Job) -> dict:
     """Greedy, from the same weights and prompts; nothing stops early."""
-    import torch
-
-    from model import GPT, GPTConfig
-
     sizes = {key: getattr(config, key) for key in ("n_layer", "n_head", "n_embd", "block_size")}
     torch.manual_seed(0)
     model = GPT(GPTConfig(n_vocab=50304, **sizes))
@@ -334,24 +301,19 @@ def generate(config: Config, job: Job) -> dict:
         peer.generation_config.eos_token_id = None
         peer.generation_config.pad_token_id = 0
 
-        def step() -> list[list[int]]:
+    def step() -> dict:
+        if job.who == "nanosft":
+            answers = model.generate(prompts.tolist(), new, temperature=0)
+        else:
             mask = torch.ones_like(prompts)
-            return peer.generate(prompts, attention_mask=mask, max_new_tokens=new, do_sample=False)[
-                :, 32:
-            ]
-    else:
+            answers = peer.generate(prompts, attention_mask=mask, max_new_tokens=new,
+                                    do_sample=False)[:, 32:].tolist()
+        return {"tokens": sum(map(len, answers)), "answers": answers}
 
-        def step() -> list[list[int]]:
-            return model.generate(prompts.tolist(), new, temperature=0)
-
-    rates = []
-    for _ in range(1 + config.steps):
-        clock = time.perf_counter()
-        answers = step()
-        rates.append(sum(map(len, answers)) / (time.perf_counter() - clock))
-    same = sum(int(i) for i in answers[0])  # a checksum: do both say the same?
-    return {"tokens_per_s": statistics.median(rates[1:]), "peak_memory_gb": peak_memory_gb(),
-            "answer_sum": same}  # fmt: skip
+    steps = bench.timed(step, 1, config.steps)
+    same = sum(steps[-1]["answers"][0])  # a checksum: do both say the same?
+    return {**bench.median_rates(steps, "tokens"), "peak_memory_gb": peak_memory_gb(CPU),
+            "answer_sum": same}
 
 
 def prepare_ours(config: Config, job: Job) -> dict:
@@ -364,29 +326,26 @@ def prepare_ours(config: Config, job: Job) -> dict:
         startup, seconds = prepare(one, Path(folder, "one")), prepare(many, Path(folder, "many"))
         tokens = read_meta(f"{folder}/many", "sft")["splits"]["train"]["tokens"]
     return {"tokens_per_s": tokens / seconds, "startup_s": startup,
-            "tokens_per_s_without_startup": tokens / (seconds - startup)}  # fmt: skip
+            "tokens_per_s_without_startup": tokens / (seconds - startup)}
 
 
 def prepare_tiktoken(config: Config, job: Job) -> dict:
-    """Bare encode_ordinary_batch, a thread a core; reading the rows is not counted."""
-    texts = [m["content"] for turns in turns_of(job) for m in turns] * config.prepare_times
-    encoding = get_encoding("gpt2")
-    clock = time.perf_counter()
-    ids = encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count())
-    return {"tokens_per_s": sum(map(len, ids)) / (time.perf_counter() - clock)}
+    """Bare encode_ordinary_batch, one thread per core; reading the rows does not count."""
+    texts = [message["content"] for turns in turns_of(job) for message in turns]
+    return {"tokens_per_s": bench.bare_rate(get_encoding("gpt2"), texts * config.prepare_times)}
 
 
 def prepare_trl(config: Config, job: Job) -> dict:
-    """What SFTTrainer does to rows of text before it trains: tokenise, mask, pack. One process."""
+    """What SFTTrainer does to rows of text before it trains: tokenize, mask, pack. One process."""
     from datasets import Dataset
 
     rows = [{"prompt": f"<|user|>{user['content']}<|end|><|assistant|>",
              "completion": f"{assistant['content']}<|end|>"}
-            for user, assistant in turns_of(job)]  # fmt: skip
+            for user, assistant in turns_of(job)]
     tiny = dataclasses.replace(config, n_layer=1, n_head=1, n_embd=8)
     dataset, model = Dataset.from_list(rows), hugging_face_model(tiny)
     clock = time.perf_counter()
-    trainer = trl_trainer(config, dataset, model, f"{job.folder}/out")
+    trainer = trl_trainer(config, dataset, model, job)
     seconds = time.perf_counter() - clock
     tokens = sum(map(len, trainer.train_dataset["input_ids"]))
     return {"tokens_per_s": tokens / seconds, "tokens": tokens}
@@ -398,49 +357,48 @@ def turns_of(job: Job) -> list[list[dict]]:
 
 def count_rows(config: Config, job: Job) -> dict:
     """Rows that the packing makes at T and 2T, and its seconds."""
-    examples, found = examples_of(f"{job.folder}/sft"), {}
-    lengths = np.array([len(ids) for ids, _ in examples])
+    examples, found = [ids for ids, _ in examples_of(job)], {}
+    lengths = np.array([len(ids) for ids in examples])
     for T in (config.block_size, 2 * config.block_size):
         whole = np.minimum(lengths, T + 1)
         if job.who == "trl":
             from datasets import Dataset
             from trl import pack_dataset
 
-            dataset = Dataset.from_dict({"input_ids": [ids[:T] for ids, _ in examples]})
+            dataset = Dataset.from_dict({"input_ids": [ids[:T] for ids in examples]})
             clock = time.perf_counter()
             rows = len(pack_dataset(dataset, T, "bfd"))
         else:
-            from sft_data import Plan
-
             clock = time.perf_counter()
             rows = len(Plan(whole, T, "fit"))
         bound = -(-int(whole.sum()) // (T + 1))
         found |= {f"rows_{T}": rows, f"above_bound_{T}": rows / bound - 1,
-                  f"seconds_{T}": time.perf_counter() - clock}  # fmt: skip
+                  f"seconds_{T}": time.perf_counter() - clock}
     return found
 
 
-# `resume_or_make` and what follows are what train_sft.main does before its first step.
+# what train_gpt2.train does before its first step
 START_UP = """
-import sys, time, torch, torch._dynamo, torch.nn.parallel, torch.utils.data
+import json, sys, time, torch, torch._dynamo, torch.nn.parallel, torch.utils.data
 clock = time.perf_counter()
-import train_sft
+import train_gpt2, train_sft
+from nanosft.checkpoint import describe_run
 imported = time.perf_counter()
-c = train_sft.Config(sys.argv[1], "none", "scratch", device="cpu", n_layer={n_layer},
-                     n_head={n_head}, n_embd={n_embd}, block_size={block_size})
-run = train_sft.setup_distributed(c.device)
+c = train_sft.Config(**json.loads(sys.argv[1]))
+ranks = train_gpt2.setup_distributed(c.device)
 rows = train_sft.open_rows(c, "train")
-identity = train_sft.identity_of(c, rows.meta, 1)
-model, _, _ = train_sft.resume_or_make(c, run, rows.meta, identity)
-next(train_sft.load_steps(rows, c, run, 0, train_sft.sft_batches(c)))
+train_gpt2.new_or_resumed(c, ranks, rows.meta, describe_run(c, rows.meta, 1))
+next(train_gpt2.load_steps(rows, c, ranks, 0))
 print(imported - clock, time.perf_counter() - clock)
 """
 
 
 def start_up(config: Config, job: Job) -> dict:
     """Seconds from `import train_sft` to the first step; torch is there before the clock starts."""
-    words = [sys.executable, "-c", START_UP.format(**vars(config)), f"{job.folder}/sft"]
-    done = subprocess.run(words, cwd=ROOT, check=True, capture_output=True, text=True)
+    flags = {key: getattr(config, key) for key in ("n_layer", "n_head", "n_embd", "block_size")}
+    flags |= {"data": f"{job.folder}/sft", "out": "none", "init": "scratch", "device": "cpu"}
+    done = subprocess.run([sys.executable, "-c", START_UP, json.dumps(flags)], check=True,
+                          capture_output=True, text=True)
     imported, started = map(float, done.stdout.split())
     return {"startup_s": started, "import_s": imported}
 
@@ -455,7 +413,7 @@ MEASURE = {
     **{("generate", who): generate for who in COMPARISONS["generate"]},
     **{("rows", who): count_rows for who in COMPARISONS["rows"]},
     ("startup", "nanosft"): start_up,
-}
+}  # all others: train_ours
 
 
 # ----- taking turns ------------------------------------------------------------------------------
@@ -463,13 +421,8 @@ MEASURE = {
 
 def in_its_own_process(config: Config, job: Job) -> dict:
     python = config.peers_python if job.who in PEERS else sys.executable
-    words = json.dumps([dataclasses.asdict(config), dataclasses.asdict(job)])
-    offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": job.folder, "TOKENIZERS_PARALLELISM": "true"}
-    done = subprocess.run([python, __file__, "--job", words], capture_output=True, text=True,
-                          env={**os.environ, **offline})  # fmt: skip
-    if done.returncode:
-        return {"error": (done.stderr.strip().splitlines() or ["?"])[-1]}
-    return json.loads(done.stdout.splitlines()[-1])
+    return bench.run_child("tools.compare_peers", [vars(config), vars(job)], python,
+                           HF_HUB_OFFLINE="1", HF_HOME=job.folder, TOKENIZERS_PARALLELISM="true")
 
 
 def compare(config: Config, what: str, batch: int, folder: str, log) -> None:
@@ -484,9 +437,8 @@ def compare(config: Config, what: str, batch: int, folder: str, log) -> None:
                 left_out[who] = row["error"]
                 continue
             found[who].append(row)
-            if log:
-                entry = {"what": what, "who": who, "batch": batch, "repeat": repeat, **row}
-                print(json.dumps(entry), file=log, flush=True)
+            entry = {"what": what, "who": who, "batch": batch, "repeat": repeat, **row}
+            print(json.dumps(entry), file=log, flush=True)
     print(f"\n{what}" + (f", {batch} at once" if batch else ""))
     for who, error in left_out.items():
         print(f"  {who:20} left out: {error}")
@@ -498,14 +450,14 @@ HIDDEN = ("answer_sum", "flops_per_s", "palm_flops_per_s", "trained_tokens_per_s
 
 
 def print_table(found: dict[str, list[dict]]) -> None:
-    """A line a contender: medians; in round brackets the range, in square ones ours over theirs."""
+    """One line per contender: medians, (their range) and [nanosft's over its own]."""
 
     def median(who: str, key: str) -> float:
         return statistics.median(row[key] for row in found[who])
 
     for who, rows in found.items():
         line = f"  {who:18}"
-        for key in sorted(rows[0].keys() - HIDDEN, key=list(rows[0]).index):
+        for key in (key for key in rows[0] if key not in HIDDEN):
             value, values = median(who, key), [row[key] for row in rows]
             line += f"  {key} {value:,.{0 if value >= 100 else 3}f}"
             if key == "tokens_per_s":
@@ -522,11 +474,10 @@ def main(config: Config) -> None:
         measure = MEASURE.get((job.what, job.who), train_ours)
         return print("\n" + json.dumps(measure(Config(**settings), job)))
     if unknown := set(config.only.split(",")) - set(COMPARISONS):
-        raise ValueError(f"--only: {sorted(unknown)} unknown; choose from {','.join(COMPARISONS)}")
-    log = open(config.json, "a") if config.json else None  # noqa: SIM115
-    with tempfile.TemporaryDirectory() as folder:
+        raise UserError(f"--only: unknown {sorted(unknown)}; choose from {','.join(COMPARISONS)}")
+    with tempfile.TemporaryDirectory() as folder, open(config.json or os.devnull, "a") as log:
         data = in_its_own_process(config, Job("data", "nanosft", folder))
-        print(f"data: {config.data or 'made up'}", data)
+        print(f"data: {config.data or 'random'}", data)
         for what in config.only.split(","):
             for batch in config.batches if what == "generate" else (0,):
                 compare(config, what, batch, folder, log)

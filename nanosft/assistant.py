@@ -1,0 +1,120 @@
+"""A checkpoint with its encoding and template, ready to answer, and the scoring of its answers."""
+
+import re
+import sys
+from typing import NamedTuple
+
+import tiktoken
+import torch
+
+from model import GPT
+from nanosft.cli import UserError
+from nanosft.weights import find_model, pad_vocab, read_config
+from tokenizer import ENCODINGS, TEMPLATES, get_encoding, stop_ids
+
+
+class Answer(NamedTuple):
+    text: str
+    n_tokens: int
+    stopped: bool  # ended by the template's end token, not by running out of room
+
+
+class Assistant(NamedTuple):
+    model: GPT
+    encoding: tiktoken.Encoding
+    template: str | None  # None: a base model, which has seen no chats
+
+    def answer(self, prompts: list[list[int]], max_new_tokens: int, batch_size: int = 32,
+               temperature: float = 0.0, seed: int = 0) -> list[Answer]:
+        """The answer to each prompt (ids); its text does not include the end token."""
+        stops, answers = stop_ids(self.encoding, self.template), []
+        for at in range(0, len(prompts), batch_size):
+            for ids in self.model.generate(prompts[at : at + batch_size], max_new_tokens,
+                                           temperature, stop_ids=stops, seed=seed + at):
+                stopped = bool(ids) and ids[-1] in stops
+                text = self.encoding.decode(ids[:-1] if stopped else ids)
+                answers.append(Answer(text, len(ids), stopped))
+        return answers
+
+
+def load_assistant(name: str, device: str | torch.device = "cpu") -> Assistant:
+    """Load what GPT.from_pretrained takes; its config.json names the encoding and template."""
+    settings = read_config(find_model(name))
+    encoding_name, template = settings.get("encoding", "gpt2"), settings.get("template")
+    if encoding_name not in ENCODINGS or template not in (None, *TEMPLATES):
+        raise UserError(f"{name}/config.json: unknown encoding {encoding_name!r} or template "
+                        f"{template!r}")
+    encoding, model = get_encoding(encoding_name), GPT.from_pretrained(name).to(device).eval()
+    if pad_vocab(encoding.n_vocab) != model.config.vocab_size:
+        raise UserError(f"{name}: the model has {model.config.vocab_size} ids, but its encoding "
+                        f"{encoding_name} has {pad_vocab(encoding.n_vocab)} with padding; fix "
+                        "`encoding` in its config.json")
+    return Assistant(model, encoding, template)
+
+
+def cut_prompt(ids: list[int], room: int, block_size: int, where: str) -> list[int]:
+    """Cut a prompt on the left to leave `room` tokens for the answer; warn if it was cut."""
+    keep = max(1, block_size - room)
+    if len(ids) > keep:
+        print(f"{where}: the prompt has {len(ids)} tokens, but the model has {block_size} "
+              f"positions and the answer needs up to {room}; cut the first {len(ids) - keep} "
+              "tokens of the prompt", file=sys.stderr)
+    return ids[-keep:]
+
+
+# ----- scores ------------------------------------------------------------------------------------
+
+
+# name -> pattern whose first group is the answer
+EXTRACTIONS = {
+    "whole": re.compile(r"\s*(\S.*?)\s*", re.DOTALL),
+    "gsm8k": re.compile(r".*####\s*\$?(-?[\d.,]*\d)\.?\s*", re.DOTALL),
+    "answer": re.compile(r".*</think>\s*<answer>(.*?)</answer>\s*", re.DOTALL),
+}
+
+
+def extraction_for(reference: str) -> str:
+    """The first of gsm8k and answer that fits a reference answer, else whole."""
+    fits = (name for name in ("gsm8k", "answer") if EXTRACTIONS[name].fullmatch(reference))
+    return next(fits, "whole")
+
+
+def extract(text: str, how: str) -> str | None:
+    """The part of an answer to compare, or None if its format is wrong.
+
+    >>> extract("48/2 = 24 clips. #### 1,024", "gsm8k")
+    '1024'
+    """
+    match = EXTRACTIONS[how].fullmatch(text)
+    if match is None:
+        return None
+    found = match[1].strip()
+    return found.replace(",", "") if how == "gsm8k" else found
+
+
+def score(answer: Answer, reference: str, how: str) -> dict[str, bool]:
+    """Is it correct, is its format valid (only if it stopped), and did it stop by itself?"""
+    found = extract(answer.text, how) if answer.stopped else None
+    right = found is not None and found == extract(reference, how)
+    return {"right": right, "formed": found is not None, "stopped": answer.stopped}
+
+
+def answer_samples(assistant: Assistant, pairs: list[tuple[list[int], list[int]]], ranks) -> dict:
+    """Answer (prompt, reference) pairs of ids, split over the ranks; score all, print the first."""
+    if not pairs:
+        return {}
+    model, encoding, _ = assistant
+    room, block_size = 16 + max(len(reference) for _, reference in pairs), model.config.block_size
+    mine = pairs[ranks.rank :: ranks.world_size]
+    references = [encoding.decode(reference) for _, reference in mine]
+    answers = assistant.answer([ids[-max(1, block_size - room) :] for ids, _ in mine], room)
+    sums = torch.zeros(2, device=ranks.device)
+    for answer, reference in zip(answers, references):
+        scores = score(answer, reference, extraction_for(reference))
+        sums += torch.tensor([scores["right"], scores["stopped"]], device=ranks.device)
+    if ranks.is_main:
+        print(f"prompt  …{encoding.decode(mine[0][0])[-80:]!r}\n"
+              f"  answer    {answers[0].text[:80]!r}\n  reference {references[0][:80]!r}",
+              flush=True)
+    right, stopped = (ranks.sum(sums) / len(pairs)).tolist()
+    return {"val_answer_accuracy": right, "val_stop_rate": stopped}

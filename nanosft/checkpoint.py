@@ -1,0 +1,208 @@
+"""The files of a run: checkpoints (written, found, loaded, checked), metrics.jsonl and run.json."""
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import resource
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from nanosft.cli import UserError, require_at_least
+from nanosft.shards import check_empty
+from nanosft.weights import checkpoints, pad_vocab
+
+VERSION = 2  # of training_state.pt
+
+
+# ----- checkpoints -------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def new_checkpoint(out: str, step: int, keep: int = 0) -> Iterator[Path]:
+    """A temporary folder that becomes OUT/step_000500, complete or not at all.
+
+    keep: how many checkpoints to leave in OUT; 0: all.
+    """
+    folder = Path(out) / f"step_{step:06d}"
+    tmp = folder.with_name(f"tmp_{folder.name}")
+    shutil.rmtree(tmp, ignore_errors=True)
+    tmp.mkdir(parents=True)
+    yield tmp
+    for path in [*tmp.iterdir(), tmp]:
+        flush(path)
+    shutil.rmtree(folder, ignore_errors=True)
+    tmp.rename(folder)
+    flush(folder.parent)
+    for old in checkpoints(out)[:-keep] if keep else []:
+        shutil.rmtree(old)
+
+
+def flush(path: Path) -> None:
+    """fsync a file or folder: its contents must reach the disk before the rename does."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def read_state(folder: Path) -> dict:
+    """training_state.pt of a checkpoint: version, step, optimizer, run."""
+    path = folder / "training_state.pt"
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"{path}: missing or damaged ({reason}); delete {folder}") from error
+    if (version := state.get("version", 1)) != VERSION:
+        raise UserError(f"--resume: {path} has format version {version}, expected {VERSION}; "
+                        f"start a new run with --init {folder}")
+    return state
+
+
+# ----- what a run is, and what it must satisfy ---------------------------------------------------
+
+# Flags that do not change what a run computes, so a resumed run may change them; for --epochs and
+# --max_steps, only the resulting number of steps matters.
+MAY_CHANGE = {"data", "out", "resume", "epochs", "max_steps", "batch_size", "eval_every",
+              "eval_tokens", "eval_prompts", "save_every", "keep", "log_every", "device", "compile"}
+
+
+def describe_run(config, meta: dict, n_steps: int) -> dict:
+    """What identifies a run: every flag, the number of steps and the sha256 of the data."""
+    shards = [shard["sha256"] for split in meta["splits"].values() for shard in split["files"]]
+    return dataclasses.asdict(config) | {"steps": n_steps, "data_sha256": shards}
+
+
+def check_same_run(saved: dict, now: dict) -> list[str]:
+    """What differs from the saved run, as lines to print. UserError if it must not differ."""
+    changes = []
+    for key, value in now.items():
+        was = saved.get(key)
+        if was == value or key == "resume":
+            continue
+        if key == "data_sha256":
+            raise UserError("--resume: the data is not what the run in --out was trained on; use "
+                            "its --data or another --out")
+        if key not in MAY_CHANGE:
+            raise UserError(f"--resume: {key} is {value}, but {was} in the run in --out; use the "
+                            "run's own flags or another --out")
+        changes.append(f"{key} {value} (was {was})")
+    return changes
+
+
+def check_flags(config, world_size: int) -> None:
+    """UserError for invalid or conflicting flags, before anything is loaded or written."""
+    require_at_least(config, 1, "batch_size", "rows_per_step", "block_size", "epochs", "max_steps",
+                     "n_layer", "n_head", "n_embd", "log_every")
+    require_at_least(config, 0, "warmup_steps", "eval_every", "save_every", "keep")
+    for name in ("n_layer", "n_head", "n_embd"):
+        if config.init != "scratch" and getattr(config, name) is not None:
+            raise UserError(f"--{name} {getattr(config, name)} is only for --init scratch; --init "
+                            f"{config.init} has its own size")
+    at_once = config.batch_size * world_size
+    if config.rows_per_step % at_once:
+        raise UserError(f"--rows_per_step {config.rows_per_step} is not a multiple of --batch_size "
+                        f"{config.batch_size} x {world_size} ranks = {at_once}; try "
+                        f"{math.ceil(config.rows_per_step / at_once) * at_once}")
+    if not config.resume:
+        check_empty(config.out, "continue the run with --resume or choose another folder")
+    if world_size > 1:
+        torch.distributed.barrier()  # every rank checks before any rank writes
+
+
+def check_fit(model_config, config, meta: dict) -> None:
+    """UserError if the data's vocabulary or row length does not fit the model."""
+    need = pad_vocab(meta["vocab_size"])
+    if model_config.vocab_size != need:
+        raise UserError(f"--data {config.data} needs {need} ids ({meta['encoding']}, padded), but "
+                        f"the model has {model_config.vocab_size}; make the data with the model's "
+                        "encoding")
+    if config.block_size > model_config.block_size:
+        raise UserError(f"--block_size {config.block_size} is above the model's "
+                        f"{model_config.block_size}; lower it")
+
+
+# ----- metrics.jsonl and run.json ----------------------------------------------------------------
+
+
+class Metrics:
+    """OUT/metrics.jsonl, one JSON object per step; some steps are also printed."""
+
+    def __init__(self, config, run: dict, steps_done: int, n_steps: int):
+        self.out, self.run, self.steps_done, self.n_steps = config.out, run, steps_done, n_steps
+        self.log_every, self.file = config.log_every, None
+
+    def open(self) -> None:
+        """Write run.json, and open the file, truncated after the step that a run resumes from.
+
+        The first row does this: a run that fails before it leaves no folder behind.
+        """
+        path = Path(self.out) / "metrics.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_run_json(self.out, self.run)
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        kept = [s for s in lines if s.endswith("\n") and json.loads(s)["step"] <= self.steps_done]
+        tmp = path.with_suffix(".tmp")
+        tmp.write_text("".join(kept))
+        tmp.rename(path)
+        self.file = path.open("a", buffering=1)  # line-buffered: each step is written at once
+
+    def write(self, row: dict) -> None:
+        if self.file is None:
+            self.open()
+        self.file.write(json.dumps(row) + "\n")
+        step, ends = row["step"], (self.steps_done + 1, self.n_steps)
+        if step in ends or step % self.log_every == 0 or "val_loss" in row:
+            line = (f"step {step:>6}/{self.n_steps}  loss {row['loss']:.4f}  lr {row['lr']:.2e}  "
+                    f"norm {row['grad_norm']:.2f}  {row['tokens_per_s']:,.0f} tok/s  ")
+            results = {key: value for key, value in row.items() if key.startswith("val_")}
+            tqdm.write((line + format_metrics(results)).rstrip())
+            sys.stdout.flush()
+
+
+def format_metrics(results: dict[str, float]) -> str:
+    return "  ".join(f"{key} {value:.4f}" for key, value in results.items())
+
+
+def write_run_json(out: str, run: dict) -> None:
+    """OUT/run.json: `run` (every flag and the data's sha256), the command and the versions."""
+    packages = ("torch", "numpy", "tiktoken", "safetensors")
+    run = {
+        **run,
+        "command": shlex.join(sys.argv),
+        "world_size": int(os.environ.get("WORLD_SIZE", 1)),
+        "git_commit": git_commit(),
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in packages},
+    }
+    path = Path(out) / "run.json"
+    path.with_suffix(".tmp").write_text(json.dumps(run, indent=1) + "\n")
+    path.with_suffix(".tmp").rename(path)
+
+
+def git_commit() -> str | None:
+    """The commit of this code, plus `-dirty` if files differ; None without git."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    except OSError:
+        return None
+    return found.stdout.strip() or None
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Peak memory of this process: allocated on the GPU if there is one, else resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux kilobytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

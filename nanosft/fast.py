@@ -1,0 +1,128 @@
+"""The same results, faster: attention within segments and the summed loss.
+
+Both have a plain definition of a few lines in model.py, and tests that they are equal to it.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CHUNK_BYTES = {"cpu": 50 << 20, "cuda": 1 << 30}  # of logits held at once in the loss; LOG.md
+LOOP_FROM = 4096  # mean segment length * T from which a loop over segments beats a mask; LOG.md
+
+
+# ----- attention: q, k, v (B, n_head, T, hs) -> (B, n_head, T, hs) -------------------------------
+
+
+def attention_within(segments: Tensor):
+    """Equal to scaled_dot_product_attention(q, k, v, attn_mask=isolated_mask(segments)).
+
+    segments (B, T); None if nothing here beats the dense mask, as for many short segments.
+    """
+    B, T = segments.shape
+    starts = torch.ones_like(segments, dtype=torch.bool)
+    starts[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    if segments.is_cuda and torch.is_autocast_enabled("cuda"):
+        return Varlen(starts)
+    if segments.device.type == "cpu":
+        begins = starts.flatten().nonzero().flatten()
+        lengths = torch.diff(begins, append=torch.tensor([B * T])).tolist()
+        if len(lengths) * LOOP_FROM <= B * T * T:
+            return Looped(lengths)
+    return None
+
+
+class Looped:
+    """One segment at a time: no work on pairs of tokens that the mask would discard."""
+
+    def __init__(self, lengths: list[int]):
+        self.lengths = lengths  # of the segments, row by row, padding included
+
+    # The lengths differ from step to step, so torch.compile would recompile for each. The public
+    # torch.compiler.disable would import the compiler here, which takes two seconds.
+    @torch._disable_dynamo
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        B, H, T, D = q.shape
+        # (B, H, T, D) -> (1, H, B*T, D) -> one (1, H, length, D) per segment
+        flat = [t.transpose(0, 1).reshape(1, H, B * T, D).split(self.lengths, 2) for t in (q, k, v)]
+        y = [F.scaled_dot_product_attention(*qkv, is_causal=True) for qkv in zip(*flat)]
+        return torch.cat(y, dim=2).view(H, B, T, D).transpose(0, 1)
+
+
+class Varlen:
+    """All segments in one kernel, on CUDA in 16-bit precision.
+
+    starts (B, T): True at the first token of each segment.
+    """
+
+    def __init__(self, starts: Tensor):
+        end = torch.tensor([starts.numel()], device=starts.device)
+        self.offsets = torch.cat([starts.flatten().nonzero().flatten(), end]).int()
+        self.longest = starts.size(1)  # an upper bound is enough
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        from torch.nn.attention.varlen import varlen_attn
+
+        B, H, T, D = q.shape
+        q, k, v = (t.transpose(1, 2).reshape(B * T, H, D) for t in (q, k, v))
+        # window (-1, 0): any distance back, none ahead; without it the kernel is not causal
+        y = varlen_attn(q, k, v, self.offsets, self.offsets, self.longest, self.longest,
+                        window_size=(-1, 0))
+        return y.view(B, T, H, D).transpose(1, 2)
+
+
+# ----- the loss ----------------------------------------------------------------------------------
+
+
+def summed_cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    """Equal to (weights * F.cross_entropy(hidden @ head.T, targets, reduction="none")).sum().
+
+    hidden (N, C), head (V, C), targets (N,) int64, weights (N,) -> float32 scalar
+    """
+    return SummedCrossEntropy.apply(hidden, head, targets, weights, torch.is_grad_enabled())
+
+
+class SummedCrossEntropy(torch.autograd.Function):
+    """One chunk of rows at a time; its gradient is computed while its logits are in memory.
+
+    So only one chunk of the (N, V) logits exists at a time. Softmax and sums are float32, whatever
+    the dtype of the matmuls.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, head, targets, weights, needs_grad):
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        with torch.autocast(device, enabled=False):
+            h, w = hidden.to(dtype or hidden.dtype), head.to(dtype or head.dtype)
+            rows = max(1, CHUNK_BYTES.get(device, CHUNK_BYTES["cuda"]) // (4 * len(head)))
+            chunks = zip(h.split(rows), targets[:, None].split(rows), weights[:, None].split(rows))
+            loss_sum = torch.zeros((), device=hidden.device)
+            # needs_grad is an argument because grad mode is always off inside forward
+            d_hidden, d_head = [], torch.zeros_like(head) if needs_grad else None
+            buffer = h.new_empty(min(rows, len(h)), len(head))  # the logits of one chunk
+            for h_n, target, weight in chunks:
+                logits = torch.mm(h_n, w.T, out=buffer[: len(h_n)]).float()  # (n, V)
+                top, picked = logits.amax(1, keepdim=True), logits.gather(1, target)  # (n, 1)
+                p = logits.sub_(top).exp_()
+                total = p.sum(1, keepdim=True)  # (n, 1)
+                loss_sum += ((total.log() + top - picked) * weight).sum()
+                if needs_grad:
+                    p.mul_(weight / total)  # the softmax, weighted
+                    p.scatter_add_(1, target, -weight)  # d loss / d logits
+                    p = p.to(h_n.dtype)
+                    d_hidden.append(p @ w)  # (n, C)
+                    if p.dtype == d_head.dtype:
+                        d_head.addmm_(p.T, h_n)  # (V, C)
+                    else:
+                        d_head += p.T @ h_n
+            if needs_grad:
+                d_hidden = torch.cat(d_hidden) if d_hidden else torch.zeros_like(h)
+                ctx.grads = d_hidden.to(hidden.dtype), d_head
+        return loss_sum
+
+    @staticmethod
+    def backward(ctx, grad):
+        d_hidden, d_head = ctx.grads
+        ctx.grads = None  # scaled in place, so they can be used only once
+        return d_hidden.mul_(grad), d_head.mul_(grad), None, None, None

@@ -1,0 +1,159 @@
+"""Read and write Hugging Face's GPT-2 format: config.json and model.safetensors.
+
+This file works on folders, dicts and tensors; `GPT.from_pretrained` and `GPT.save_pretrained` in
+model.py call it. Parameter names are those of model.py's state dict.
+"""
+
+import json
+import math
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from nanosft.cli import UserError
+
+PAD_VOCAB_TO = 64  # the number of embedding rows is a multiple of this, for faster matmuls
+HUB_GPT2 = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # hub ids without an owner
+SIZES = ("n_layer", "n_head", "n_embd")
+# Settings that model.py supports: the allowed values, GPT-2's own first
+REQUIRED = {
+    "model_type": ("gpt2",),
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+    "layer_norm_epsilon": (1e-5,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "tie_word_embeddings": (True,),
+}
+
+
+def pad_vocab(n: int) -> int:
+    """50257 -> 50304: the next multiple of 64."""
+    return math.ceil(n / PAD_VOCAB_TO) * PAD_VOCAB_TO
+
+
+def is_transposed(name: str) -> bool:
+    """Hugging Face stores GPT-2's linear weights as (in, out), PyTorch's Linear as (out, in)."""
+    return name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
+
+
+# ----- in ----------------------------------------------------------------------------------------
+
+
+def find_model(name: str) -> Path:
+    """The folder with config.json, from a model folder, run folder, GPT-2 name or hub id."""
+    folder = Path(name).expanduser()
+    if (folder / "config.json").is_file():
+        return folder
+    if checkpoint := newest_checkpoint(folder):
+        return checkpoint
+    if folder.exists() or str(name).startswith((".", "/", "~")) or str(name).count("/") > 1:
+        raise UserError(f"{name}: no model found (neither config.json nor step_* checkpoints)")
+    from huggingface_hub import snapshot_download
+
+    hub_id = f"openai-community/{name}" if name in HUB_GPT2 else name
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=["config.json", "model*.safetensors"]))
+    except Exception as error:  # the hub raises many types; each means that there is no model
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"{name}: neither a local folder nor a model on the hub ({reason})"
+                        ) from error
+
+
+def checkpoints(run: str | Path) -> list[Path]:
+    """RUN/step_000500, … in order; a folder gets such a name only once it is complete."""
+    steps = [path for path in Path(run).glob("step_*") if path.name[5:].isdigit()]
+    return sorted(steps, key=lambda path: int(path.name[5:]))
+
+
+def newest_checkpoint(run: str | Path) -> Path | None:
+    return next(reversed(checkpoints(run)), None)
+
+
+def read_config(folder: Path) -> dict:
+    """config.json of a model folder."""
+    try:
+        return dict(json.loads((folder / "config.json").read_bytes()))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{folder}/config.json: not a JSON object ({error})") from error
+
+
+def read_sizes(folder: Path) -> dict[str, int]:
+    """The keyword arguments of model.GPTConfig. UserError: a model that GPT does not support."""
+    settings = read_config(folder)
+    required = REQUIRED | {"n_inner": (None, 4 * settings.get("n_embd", 0))}
+    for key, allowed in required.items():
+        if key in settings and settings[key] not in allowed:
+            raise UserError(f"{folder}/config.json: {key} is {settings[key]!r}, but nanosft only "
+                            f"supports GPT-2's {allowed[0]!r}")
+    try:
+        sizes = {key: settings[key] for key in SIZES}
+        vocab_size, block_size = settings["vocab_size"], settings["n_positions"]
+    except KeyError as error:
+        raise UserError(f"{folder}/config.json: no {error}; is this a GPT-2?") from error
+    n_vocab = settings.get("n_vocab", vocab_size)
+    return {"block_size": block_size, "vocab_size": pad_vocab(vocab_size), "n_vocab": n_vocab,
+            **sizes}
+
+
+def read_tensors(folder: Path, like: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights with the names and shapes of `like`, in float32.
+
+    Embedding rows missing from the file start at the mean of the rows it has.
+    """
+    found = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            found |= load_file(path)
+        except Exception as error:
+            raise UserError(f"{path}: not a complete safetensors file ({error})") from error
+    if not found:
+        raise UserError(f"{folder}: no *.safetensors file; save the model as safetensors")
+    # some GPT-2s on the hub lack the prefix
+    found = {name.removeprefix("transformer."): tensor.float() for name, tensor in found.items()}
+    state = {}
+    for name, want in like.items():
+        key = name.removeprefix("transformer.").replace("lm_head", "wte")
+        if key not in found:
+            raise UserError(f"{folder}: the weights have no {key}; is this a GPT-2?")
+        tensor = found[key].T.contiguous() if is_transposed(name) else found[key]
+        if key == "wte.weight" and len(tensor) < len(want):
+            mean = tensor.mean(0, keepdim=True)
+            tensor = torch.cat([tensor, mean.expand(len(want) - len(tensor), -1)])
+        if tensor.shape != want.shape:
+            raise UserError(f"{folder}: {key} has shape {tuple(tensor.shape)}, but config.json "
+                            f"says {tuple(want.shape)}")
+        state[name] = tensor
+    return state
+
+
+# ----- out ---------------------------------------------------------------------------------------
+
+
+def write_model(folder: str | Path, state: dict[str, Tensor], sizes: dict, **settings) -> None:
+    """Write model.safetensors and config.json.
+
+    state: model.py's state dict; sizes: its GPTConfig as a dict; settings: extra keys of
+    config.json.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.T if is_transposed(name) else tensor for name, tensor in state.items()}
+    del tensors["lm_head.weight"]  # tied to wte
+    tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    settings = {
+        "model_type": "gpt2",
+        "architectures": ["GPT2LMHeadModel"],
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": 1e-5,
+        "tie_word_embeddings": True,
+        "vocab_size": sizes["vocab_size"],
+        "n_vocab": sizes["n_vocab"],
+        "n_positions": sizes["block_size"],
+        **{key: sizes[key] for key in SIZES},
+        **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
+        **dict.fromkeys(("bos_token_id", "eos_token_id")),
+        **settings,
+    }
+    (folder / "config.json").write_text(json.dumps(settings, indent=1) + "\n")

@@ -1,0 +1,176 @@
+"""Which pieces of which examples share a row of T tokens: the four layouts.
+
+    stream  |aaaaabbb|bbcccccc|   concatenated, cut where a row ends, as in pretraining
+    fit     |aaaaa...|bbbbbccc|   whole examples, rows as full as possible
+    pad     |aaaaa...|bbbbb...|   one example per row
+    bucket  |aaaaa|bbbbb| |cc|    one example per row, rows of similar length in the same step
+
+Pure functions of the example lengths, which include the <|endoftext|>. A row takes T + 1 ids: T
+inputs, and T targets shifted by one.
+"""
+
+import collections
+from collections.abc import Sequence
+
+import numpy as np
+
+from nanosft.cli import UserError, require_choice
+
+LAYOUTS = ("stream", "fit", "pad", "bucket")
+
+
+def plan_rows(lengths: Sequence[int], block_size: int, layout: str, seed: int | None = 0,
+              epoch: int = 0, rows_per_step: int = 1, drop_last: bool = False,
+              ) -> list[list[tuple[int, int, int]]]:
+    """All rows of an epoch: lists of pieces (example, start, stop), block_size + 1 ids at most.
+
+    seed None keeps the order of the data. drop_last drops a short last row of `stream`.
+    UserError: an example is too long for a layout that never cuts.
+
+    >>> plan_rows([5, 4], block_size=4, layout="stream", seed=None)
+    [[(0, 0, 5)], [(0, 4, 5), (1, 0, 4)]]
+    """
+    plan = Plan(lengths, block_size, layout, seed, epoch, rows_per_step, drop_last)
+    return [plan[i] for i in range(len(plan))]
+
+
+class Plan:
+    """The rows of `plan_rows`, stored as a few integers per example; plan[i] is row i.
+
+    Concatenate the examples in `order`: row i is tokens cuts[i] to cuts[i + 1] of the result, plus
+    one more token in `stream`, where neighboring rows share an id.
+    """
+
+    def __init__(self, lengths: Sequence[int], block_size: int, layout: str, seed: int | None = 0,
+                 epoch: int = 0, rows_per_step: int = 1, drop_last: bool = False):
+        self.lengths = np.asarray(lengths, dtype=np.int32)
+        check_plan(self.lengths, block_size, layout, rows_per_step)
+        n, total = len(self.lengths), int(self.lengths.sum(dtype=np.int64))
+        rng = None if seed is None else np.random.default_rng([seed, epoch])
+        order = np.arange(n) if rng is None else rng.permutation(n)
+        sizes = np.ones(n, np.int64)  # the number of examples in each row
+        if layout == "fit":
+            order, sizes = fit(self.lengths, order, block_size + 1, rng)
+        elif layout == "bucket":
+            order = bucket(self.lengths, order, rows_per_step, rng)
+        self.order = order.astype(np.int32)
+        # both count tokens of the concatenation
+        self.ends = np.cumsum(self.lengths[order], dtype=np.int64)  # (n,) where each example ends
+        self.cuts = np.append(0, self.ends[np.cumsum(sizes) - 1])  # (rows + 1,)
+        self.shared = 0  # ids that a row shares with the next one
+        if layout == "stream":
+            rows = (total - 1) // block_size if drop_last else -(-(total - 1) // block_size)
+            rows = max(rows, 1 if n and not drop_last else 0)  # a single id is still a row
+            self.cuts, self.shared = block_size * np.arange(rows + 1), 1
+
+    def __len__(self) -> int:
+        return len(self.cuts) - 1
+
+    def __getitem__(self, i: int) -> list[tuple[int, int, int]]:
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        begin = int(self.cuts[i])
+        stop = min(int(self.cuts[i + 1]) + self.shared, int(self.ends[-1]))
+        pieces, at = [], int(np.searchsorted(self.ends, begin, side="right"))
+        while begin < stop:
+            example, end = int(self.order[at]), int(self.ends[at])
+            offset = end - int(self.lengths[example])  # where the example begins
+            pieces.append((example, begin - offset, min(end, stop) - offset))
+            begin, at = end, at + 1
+        return pieces
+
+
+def check_plan(lengths: np.ndarray, block_size: int, layout: str, rows_per_step: int) -> None:
+    require_choice("layout", layout, LAYOUTS)
+    if block_size < 1 or rows_per_step < 1:
+        raise UserError(f"--block_size {block_size} and --rows_per_step {rows_per_step} must be "
+                        "at least 1")
+    if lengths.min(initial=1) < 1:
+        raise UserError(f"example {lengths.argmin()} has no tokens")
+    longest = int(lengths.max(initial=0))
+    if layout != "stream" and longest > block_size + 1:
+        raise UserError(f"an example of {longest} tokens is longer than a row of block_size + 1 = "
+                        f"{block_size + 1}; truncate or drop it first (--overlong)")
+
+
+def bucket(lengths: np.ndarray, order: np.ndarray, rows_per_step: int, rng) -> np.ndarray:
+    """Sort by length, cut into steps, shuffle the steps; a short step comes last."""
+    order = order[np.argsort(lengths[order], kind="stable")]
+    full = len(order) // rows_per_step * rows_per_step
+    steps = order[:full].reshape(-1, rows_per_step)
+    if rng is not None:
+        steps = rng.permutation(steps)
+    return np.concatenate([steps.reshape(-1), order[full:]])
+
+
+def fit(lengths: np.ndarray, order: np.ndarray, capacity: int, rng) -> tuple:
+    """Pack by length alone, assign examples to the packed lengths, shuffle the rows.
+
+    Returns (the examples row by row, the number of examples in each row). Without rng, rows and
+    examples keep the order of the data as far as packing allows.
+    """
+    slots, sizes = pack_lengths(lengths, capacity)
+    packed = np.empty(len(slots), np.int64)  # (n,) examples, row by row
+    # the k-th shortest slot takes the k-th shortest example
+    packed[np.argsort(slots, kind="stable")] = order[np.argsort(lengths[order], kind="stable")]
+    row = np.repeat(np.arange(len(sizes)), sizes)  # (n,) the row of each
+    if rng is None:
+        first = np.full(len(sizes), len(packed))  # the first example of each row
+        np.minimum.at(first, row, packed)
+        new_row, within = np.argsort(np.argsort(first)), packed
+    else:
+        new_row, within = rng.permutation(len(sizes)), rng.random(len(packed))
+    new_sizes = np.empty_like(sizes)
+    new_sizes[new_row] = sizes
+    return packed[np.lexsort((within, new_row[row]))], new_sizes
+
+
+def pack_lengths(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
+    """Pack lengths into bins of `capacity` -> (the lengths bin by bin, the number in each bin).
+
+    Each bin takes the longest remaining length, then the remaining lengths whose sum is closest to
+    the space left: a subset sum over the histogram of lengths.
+
+    >>> pack_lengths(np.array([5, 4, 3, 3]), 8)
+    (array([5, 3, 4, 3]), array([2, 2]))
+    """
+    values, counts = np.unique(lengths, return_counts=True)
+    left = dict(zip(values.tolist()[::-1], counts.tolist()[::-1]))  # longest first
+    slots, sizes = [], []
+    while left:
+        longest = next(iter(left))
+        left[longest] -= 1
+        filling = [longest, *nearest_subset(left, capacity - longest)]
+        left[longest] += 1
+        used = collections.Counter(filling)
+        times = min(left[length] // n for length, n in used.items())  # repeat it while it lasts
+        for length, n in used.items():
+            left[length] -= n * times
+            if not left[length]:
+                del left[length]
+        slots += filling * times
+        sizes += [len(filling)] * times
+    return np.array(slots, dtype=np.int64), np.array(sizes, dtype=np.int64)
+
+
+def nearest_subset(left: dict[int, int], space: int) -> list[int]:
+    """The lengths from `left` (length: count) with the largest sum that is at most `space`.
+
+    Bit s of the integer `sums` says whether the lengths so far can add up to s.
+
+    >>> nearest_subset({7: 9, 5: 3, 4: 1}, 24)
+    [5, 5, 7, 7]
+    """
+    sums, mask, trail = 1, (1 << (space + 1)) - 1, []
+    for length, n in left.items():
+        for _ in range(min(n, space // length)):
+            trail.append((length, sums))  # one more copy, and the sums without it
+            sums |= (sums << length) & mask
+        if sums >> space:
+            break  # exactly full
+    total, chosen = sums.bit_length() - 1, []
+    for length, before in reversed(trail):
+        if not (before >> total) & 1:  # this copy is needed
+            chosen.append(length)
+            total -= length
+    return chosen

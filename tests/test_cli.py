@@ -1,0 +1,203 @@
+"""The command line: a user's mistake is one line and exit code 2, a bug of ours has a traceback.
+
+Several ranks report a mistake once where all of them meet it, and from the rank that alone does.
+"""
+
+import dataclasses
+import errno
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch.distributed as dist
+from helpers_training import TINY, flip_a_bit, text_folder
+
+from nanosft.cli import UserError, exit_with, require_at_least, require_choice, run_cli
+
+ROOT = Path(__file__).parent.parent
+
+
+@dataclasses.dataclass
+class Config:
+    rows: int
+    batch_size: int = 4
+    isolate: bool = True
+
+
+def run(monkeypatch, main, *flags) -> None:
+    monkeypatch.setattr("sys.argv", ["command.py", *flags])
+    run_cli(main, Config)
+
+
+def raising(error):
+    def main(config):
+        raise error
+    return main
+
+
+# ----- one process -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flags", [["--batch_size", "8", "--no_isolate"],
+                                   ["--batch-size", "8", "--no-isolate"]])
+def test_flags_may_be_spelled_with_underscores_or_dashes(flags, monkeypatch):
+    found = []
+    run(monkeypatch, found.append, "--rows", "3", *flags)
+    assert found == [Config(rows=3, batch_size=8, isolate=False)]
+
+
+@pytest.mark.parametrize("error, line", [
+    (UserError("a.jsonl line 3: no `prompt`"), "a.jsonl line 3: no `prompt`"),
+    (FileNotFoundError(errno.ENOENT, "No such file", "a.txt"), "a.txt: No such file"),
+    (PermissionError(errno.EACCES, "Permission denied", "out"), "out: Permission denied"),
+    (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
+    (dist.DistBackendError("NCCL: remote process exited"), "lost the connection to another rank"),
+    (RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:5"),
+     "lost the connection to another rank"),
+])
+def test_users_mistake_is_one_line_and_exit_code_2(error, line, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, raising(error), "--rows", "3")
+    printed = capsys.readouterr()
+    assert (stop.value.code, printed.out) == (2, "")
+    assert printed.err.startswith(f"error: {line}")
+    assert printed.err.count("\n") == 1 and printed.err.endswith("\n")
+
+
+@pytest.mark.parametrize("bug", [ValueError("a bug"), KeyError("a bug"), OSError("a bug"),
+                                 RuntimeError("a bug"), ConnectionError("a bug"),
+                                 AssertionError("a bug")])
+def test_bug_of_ours_keeps_its_traceback(bug, monkeypatch, capsys):
+    with pytest.raises(type(bug), match="a bug"):
+        run(monkeypatch, raising(bug), "--rows", "3")
+    assert capsys.readouterr().err == ""
+
+
+def test_reader_that_closes_the_pipe_is_no_error():
+    """As in `command | head -1`."""
+    code = ("import dataclasses; from nanosft.cli import run_cli\n"
+            "config_class = dataclasses.make_dataclass('Config', [])\n"
+            "run_cli(lambda config: print('line\\n' * 100_000), config_class)")
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "line\n"
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 0
+
+
+def test_flags_out_of_range_are_named_with_their_limit():
+    config = SimpleNamespace(rows=1, keep=0, max_steps=None)
+    require_at_least(config, 1, "rows", "max_steps")  # None: not given
+    with pytest.raises(UserError, match=r"^--keep 0 must be at least 1$"):
+        require_at_least(config, 1, "rows", "keep")
+    require_choice("layout", "fit", ("fit", "pad"))
+    with pytest.raises(UserError, match=r"^--layout: unknown layout 'fat'; choose from \['fit'"):
+        require_choice("layout", "fat", ("fit", "pad"))
+
+
+# ----- several ranks -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def report(monkeypatch, capsys):
+    """report(rank, message): what exit_with prints on that rank of two, which share a store."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    settings = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port}
+
+    def call(rank: int, message: str, **more) -> str:
+        for name, value in {**settings, "RANK": rank, **more}.items():
+            monkeypatch.setenv(name, str(value))
+        with pytest.raises(SystemExit, match="2"):
+            exit_with(message)
+        return capsys.readouterr().err
+
+    yield call
+    del store
+
+
+def test_ranks_that_meet_the_same_mistake_report_it_once(report):
+    assert report(0, "no data") == "error: no data\n"
+    assert report(1, "no data") == ""
+    assert report(1, "bad shard") == f"error: bad shard (rank 1 on {socket.gethostname()})\n"
+    assert report(0, "bad shard") == ""
+    # torchrun --max_restarts starts the ranks again, with the same store
+    assert report(0, "no data", TORCHELASTIC_RESTART_COUNT=1) == "error: no data\n"
+
+
+def test_rank_that_cannot_reach_the_store_reports(report, monkeypatch):
+    def no_store(*args, **kwargs):
+        raise dist.DistNetworkError("the client socket has timed out")
+
+    monkeypatch.setattr(dist, "TCPStore", no_store)
+    assert report(0, "no data") == "error: no data\n"
+    assert report(1, "no data").startswith("error: no data (rank 1 on ")
+
+
+# In one torchrun, because starting one takes seconds: three commands, of which the last one ends it
+SCRIPT = """
+import sys
+import traceback
+
+import train_gpt2
+from nanosft.cli import run_cli
+
+
+def command(*more):
+    sys.argv[1:] = [*flags, *more]
+    run_cli(train_gpt2.main, train_gpt2.Config)
+
+
+def broken(*args):
+    raise ValueError("a bug")
+
+
+flags, make_model = sys.argv[1:], train_gpt2.make_model
+try:
+    command("--rows_per_step", "3")
+except SystemExit as stop:
+    print("exit code", stop.code, file=sys.stderr, flush=True)
+train_gpt2.make_model = broken
+try:
+    command()
+except Exception:
+    traceback.print_exc()
+train_gpt2.make_model = make_model
+command()
+"""
+
+
+def test_errors_under_torchrun(tmp_path):
+    """All ranks meet a bad --rows_per_step and a bug of ours; only rank 1 reads a damaged shard."""
+    # rows of 16 tokens, 2 a rank; in the first step rank 0 reads tokens 0 to 32, rank 1 32 to 64
+    data = text_folder(tmp_path / "data", train=range(65), shard_tokens=40)
+    flip_a_bit(tmp_path / "data" / "train_000001.npy")
+    (tmp_path / "script.py").write_text(SCRIPT)
+    flags = [word for name, value in TINY.items() for word in (f"--{name}", str(value))]
+    found = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+         "--redirects=3", f"--log-dir={tmp_path / 'logs'}", "script.py", "--data", data, "--out",
+         "out", *flags], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True)
+    err = [next((tmp_path / "logs").rglob(f"{rank}/stderr.log")).read_text() for rank in (0, 1)]
+    both = "".join(err)
+
+    line = r"error: --rows_per_step 3 is not a multiple of --batch_size 2 x 2 ranks = 4; try 4"
+    assert both.count(line) == 1
+    assert all("exit code 2\n" in text for text in err)
+
+    for text in err:
+        assert "Traceback (most recent call last):" in text
+        assert re.search(r'File ".*train_gpt2\.py", line \d+, in train\n', text)
+        assert "\nValueError: a bug\n" in text
+    assert "error: a bug" not in both
+
+    where = re.escape(f"(rank 1 on {socket.gethostname()})")
+    assert re.search(rf"^error: .*train_000001\.npy: sha256 .* {where}$", err[1], re.MULTILINE)
+    assert "sha256" not in err[0]
+    assert found.returncode != 0 and re.search(r"rank +: 1 .*\n *exitcode +: 2 ", found.stderr)

@@ -1,0 +1,202 @@
+"""nanosft/fast.py equals its plain definitions: attention within segments and the summed loss."""
+
+import functools
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers_training import gradients, plain_loss_sum, tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from model import isolated_mask
+from nanosft import fast
+
+# ----- attention within segments -----------------------------------------------------------------
+
+SEGMENTS = {
+    "several examples a row": [[0, 0, 0, 1, 1, 1, 1, 2], [0, 0, 0, 0, 0, -1, -1, -1]],
+    "one example a row": [[0] * 8, [0] * 8],
+    "examples of one token": [[*range(8)], [0, 0, 1, 2, 3, 4, 4, 4]],
+    "a row of padding": [[0, 0, 1, 1, 1, 1, 1, 1], [-1] * 8],
+}
+
+
+def output_and_gradients(attend):
+    """y and the gradients of q, k and v, each (2, n_head, 8, hs), for random inputs."""
+    random = torch.Generator().manual_seed(0)
+    q, k, v, upstream = torch.randn(4, 2, 3, 8, 4, generator=random)
+    inputs = [t.clone().requires_grad_() for t in (q, k, v)]
+    y = attend(*inputs)
+    return [y, *torch.autograd.grad((y * upstream).sum(), inputs)]
+
+
+def assert_equals_dense_mask(attend, segments):
+    plain = functools.partial(F.scaled_dot_product_attention, attn_mask=isolated_mask(segments))
+    for found, want in zip(output_and_gradients(attend), output_and_gradients(plain)):
+        torch.testing.assert_close(found, want, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", SEGMENTS)
+def test_loop_over_segments_equals_the_dense_mask(name, monkeypatch):
+    monkeypatch.setattr(fast, "LOOP_FROM", 0)
+    segments = torch.tensor(SEGMENTS[name])
+    attend = fast.attention_within(segments)
+    assert isinstance(attend, fast.Looped)
+    assert_equals_dense_mask(attend, segments)
+
+
+def varlen_attn_as_documented(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size):
+    """Stands in for torch.nn.attention.varlen's kernel, which runs on CUDA only.
+
+    q, k, v (B * T, n_head, hs); text i is their rows cu_seq[i] to cu_seq[i + 1]. A window of
+    (-1, 0) is causal, (-1, -1) is not.
+    """
+    assert cu_seq_q.dtype == torch.int32 and torch.equal(cu_seq_q, cu_seq_k)
+    assert max_q == max_k >= cu_seq_q.diff().max()
+    texts = []
+    for start, stop in itertools.pairwise(cu_seq_q.tolist()):
+        qkv = (t[start:stop].transpose(0, 1) for t in (q, k, v))  # (n_head, length, hs) each
+        y = F.scaled_dot_product_attention(*qkv, is_causal=window_size == (-1, 0))
+        texts.append(y.transpose(0, 1))
+    return torch.cat(texts)
+
+
+def test_varlen_kernel_gets_the_segments_of_the_dense_mask(monkeypatch):
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn_as_documented)
+    starts = torch.tensor([[1, 0, 0, 1, 0, 0, 0, 1], [1, 0, 0, 0, 0, 1, 0, 0]]).bool()
+    attend = fast.Varlen(starts)
+    assert attend.offsets.tolist() == [0, 3, 7, 8, 13, 16]  # row 1 begins at token 8 of 16
+    assert_equals_dense_mask(attend, torch.tensor(SEGMENTS["several examples a row"]))
+
+
+def test_loop_is_for_long_segments_and_the_dense_mask_for_short_ones(monkeypatch):
+    """LOOP_FROM is compared with the mean segment length times T, here 8."""
+    monkeypatch.setattr(fast, "LOOP_FROM", 32)
+    long, short = [0, 0, 0, 0, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1, 2, 2]
+    assert fast.attention_within(torch.tensor([long])).lengths == [4, 4]  # 4 * 8 = 32
+    assert fast.attention_within(torch.tensor([short])) is None  # 8/3 * 8 = 21
+    assert fast.attention_within(torch.tensor([[0] * 8, short])).lengths == [8, 3, 3, 2]  # 4 * 8
+
+
+# ----- the loss, in chunks -----------------------------------------------------------------------
+
+
+def a_batch(counting: str):
+    """(x, y, weights, segments): 4 rows of 16 tokens, as the trainers may make them."""
+    random = torch.Generator().manual_seed(5)
+    x, y = torch.randint(0, 261, (2, 4, 16), generator=random)
+    weights = torch.randint(1, 101, (4, 16), generator=random) / 100
+    segments = (torch.arange(16) // 6).expand(4, 16).clone()
+    if counting == "every target, as in pretraining":
+        return x, y, None, None
+    if counting == "one target":
+        y[torch.arange(64).view(4, 16) != 37] = -100
+    if counting == "some targets":
+        y[:, ::3], y[2] = -100, -100
+    if counting == "some targets, and padding":
+        y[:, 11:], segments[:, 11:], y[:, 0] = -100, -1, -100
+    if counting == "none":
+        y[:] = -100
+    return x, y, weights, segments
+
+
+COUNTING = ("every target, as in pretraining", "some targets", "some targets, and padding",
+            "one target", "none")
+ROW = 4 * 320  # bytes of a row of logits
+
+
+def set_chunk_rows(monkeypatch, rows: int) -> None:
+    monkeypatch.setitem(fast.CHUNK_BYTES, "cpu", rows * ROW)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 1000])  # 64 chunks of one row, 10 chunks, one chunk
+@pytest.mark.parametrize("counting", COUNTING)
+def test_chunked_loss_and_gradients_equal_those_of_full_logits(monkeypatch, counting, rows):
+    set_chunk_rows(monkeypatch, rows)
+    model, batch = tiny_model(), a_batch(counting)
+    want_loss = plain_loss_sum(model, *batch)
+    (want_loss / 10).backward()
+    want = gradients(model)
+    model.zero_grad()
+    loss = model(*batch)
+    (loss / 10).backward()
+    assert loss.dtype == torch.float32 and loss.shape == ()
+    torch.testing.assert_close(loss, want_loss, atol=1e-5, rtol=1e-6)
+    for found, expected in zip(gradients(model), want):
+        torch.testing.assert_close(found, expected, atol=2e-6, rtol=1e-5)
+        assert counting != "none" or not found.any()  # zero, but never missing
+
+
+def test_large_logits_do_not_overflow():
+    hidden = torch.tensor([[100.0]], requires_grad=True)
+    head = torch.tensor([[3.0], [1.0]], requires_grad=True)
+    loss = fast.summed_cross_entropy(hidden, head, torch.tensor([1]), torch.ones(1))
+    loss.backward()
+    assert loss.item() == pytest.approx(200)  # the target's logit 100 trails the other one's 300
+    assert head.grad.flatten().tolist() == pytest.approx([100, -100])
+
+
+class Watch(TorchDispatchMode):
+    """Records each operation's name and the size of its result, if that looks like logits."""
+
+    def __init__(self):
+        super().__init__()
+        self.names, self.logits = [], [0]
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.names.append(str(func))
+        if isinstance(out, torch.Tensor) and out.shape[-1:] == (320,):
+            self.logits.append(out.numel())
+        return out
+
+
+def test_loss_never_holds_the_logits_of_all_tokens(monkeypatch):
+    set_chunk_rows(monkeypatch, 4)
+    model = tiny_model(n_embd=2, n_head=1)  # the head itself is only (320, 2)
+    batch = a_batch("every target, as in pretraining")
+    with Watch() as chunked:
+        model(*batch).backward()
+    with Watch() as plain:
+        plain_loss_sum(model, *batch)
+    assert max(chunked.logits) == 4 * 320
+    assert max(plain.logits) == 64 * 320  # so the watch does see full logits
+
+
+def test_without_gradients_the_loss_is_the_same_for_a_third_of_the_matrix_products():
+    model, (_, y, weights, _) = tiny_model(), a_batch("some targets")
+    hidden = torch.randn(4, 16, 32, generator=torch.Generator().manual_seed(0))
+
+    def products(watch):
+        return sum(name.startswith(("aten.mm", "aten.addmm")) for name in watch.names)
+
+    with Watch() as training:
+        loss = model.loss_sum(hidden, y, weights)
+    with Watch() as evaluating, torch.no_grad():
+        assert torch.equal(model.loss_sum(hidden, y, weights), loss)
+    assert (products(training), products(evaluating)) == (3, 1)
+
+
+def test_second_backward_raises_instead_of_scaling_twice():
+    loss = tiny_model()(*a_batch("one target"))
+    loss.backward(retain_graph=True)
+    with pytest.raises((RuntimeError, TypeError)):
+        loss.backward()
+
+
+def test_chunked_loss_in_bfloat16_is_close_to_full_logits_in_float32(monkeypatch):
+    set_chunk_rows(monkeypatch, 7)
+    model, batch = tiny_model(spread=0.05), a_batch("some targets")
+    want_loss = plain_loss_sum(model, *batch)
+    want_loss.backward()
+    want = gradients(model)
+    model.zero_grad()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model(*batch)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(want_loss.item(), rel=1e-2)
+    for found, expected in zip(gradients(model), want):
+        assert found.dtype == torch.float32
+        assert F.cosine_similarity(found.flatten(), expected.flatten(), dim=0) > 0.99
