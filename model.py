@@ -39,7 +39,8 @@ class GPTConfig:
     """The defaults are GPT-2 124M (table 2 of Radford et al. 2019).
 
     vocab_size is the number of embedding rows: GPT-2's 50257 ids, padded to a multiple of 64 for
-    faster matmuls. n_vocab is how many of them are ids in use; 0: all.
+    faster matmuls. The first n_vocab of them are ids in use (0: all); the others have probability
+    zero everywhere.
     """
 
     block_size: int = 1024
@@ -135,7 +136,7 @@ class GPT(nn.Module):
         counted from 0, -1 for padding; None: each row is one text.
         """
         x = self.hidden(idx, segments)  # (B, T, C)
-        return self.lm_head(x) if targets is None else self.loss_sum(x, targets, weights)
+        return self.logits(x) if targets is None else self.loss_sum(x, targets, weights)
 
     def hidden(self, idx: Tensor, segments: Tensor | None = None) -> Tensor:
         """(B, T) -> (B, T, C): everything but the head."""
@@ -159,6 +160,15 @@ class GPT(nn.Module):
             x = block(x, attend)
         return self.transformer.ln_f(x)
 
+    def logits(self, x: Tensor) -> Tensor:
+        """x (..., C) -> (..., V); the padding ids, from n_vocab on, get probability zero.
+
+        The product has all V rows, because a slice of the head would misalign it on a GPU.
+        """
+        logits = self.lm_head(x)
+        logits[..., self.config.n_vocab :] = -math.inf
+        return logits
+
     # ----- the loss ------------------------------------------------------------------------------
 
     def loss_sum(self, x: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -167,7 +177,7 @@ class GPT(nn.Module):
         By definition this is
 
             counts = targets != IGNORE_INDEX  # (B, T), N of them True
-            nll = F.cross_entropy(self.lm_head(x[counts]), targets[counts], reduction="none")
+            nll = F.cross_entropy(self.logits(x[counts]), targets[counts], reduction="none")
             return (weights[counts] * nll).sum()
 
         but nanosft/fast.py computes it in chunks and never materializes the (N, V) logits.
@@ -175,7 +185,8 @@ class GPT(nn.Module):
         at = (targets.flatten() != IGNORE_INDEX).nonzero()[:, 0]  # (N,)
         x, targets = x.flatten(0, 1).index_select(0, at), targets.flatten()[at]  # (N, C), (N,)
         weights = torch.ones(len(at), device=x.device) if weights is None else weights.flatten()[at]
-        return fast.summed_cross_entropy(x, self.lm_head.weight, targets, weights)
+        return fast.summed_cross_entropy(x, self.lm_head.weight, targets, weights,
+                                         self.config.n_vocab)
 
     # ----- weights in and out, in Hugging Face's format ------------------------------------------
 

@@ -351,7 +351,8 @@ def make_model(config: Config, meta: dict) -> GPT:
     torch.manual_seed(config.seed)
     sizes = {key: getattr(config, key) for key in ("n_layer", "n_head", "n_embd")}
     sizes = {key: value for key, value in sizes.items() if value is not None}
-    return GPT(GPTConfig(config.block_size, pad_vocab(meta["vocab_size"]), **sizes))
+    n_vocab = meta["vocab_size"]
+    return GPT(GPTConfig(config.block_size, pad_vocab(n_vocab), n_vocab=n_vocab, **sizes))
 
 
 def new_or_resumed(config: Config, ranks: Ranks, meta: dict, run: dict) -> tuple:
@@ -360,11 +361,12 @@ def new_or_resumed(config: Config, ranks: Ranks, meta: dict, run: dict) -> tuple
     if resumed:
         model, state = load_checkpoint(config.out)
         for change in checkpoint.check_same_run(state["run"], run):
-            ranks.print(f"resume {change}")
+            ranks.print(f"resume: {change}")
     else:
         model = make_model(config, meta)
     checkpoint.check_fit(model.config, config, meta)
-    model.config.n_vocab = meta["vocab_size"]
+    # the data may use ids that the loaded model did not: GPT-2's 50257 grow to 50261 with chats
+    model.config.n_vocab = max(model.config.n_vocab, meta["vocab_size"])
     model.to(ranks.device)
     optimizer = make_optimizer(model, config)
     if resumed:

@@ -49,6 +49,7 @@ def load_assistant(name: str, device: str | torch.device = "cpu") -> Assistant:
         raise UserError(f"{name}: the model has {model.config.vocab_size} ids, but its encoding "
                         f"{encoding_name} has {pad_vocab(encoding.n_vocab)} with padding; fix "
                         "`encoding` in its config.json")
+    model.config.n_vocab = min(model.config.n_vocab, encoding.n_vocab)  # decode knows no others
     return Assistant(model, encoding, template)
 
 

@@ -35,8 +35,9 @@ def new_checkpoint(out: str, step: int, keep: int = 0) -> Iterator[Path]:
     keep: how many checkpoints to leave in OUT; 0: all.
     """
     folder = Path(out) / f"step_{step:06d}"
+    for left_behind in Path(out).glob("tmp_step_*"):  # by a run that was killed while saving
+        shutil.rmtree(left_behind)
     tmp = folder.with_name(f"tmp_{folder.name}")
-    shutil.rmtree(tmp, ignore_errors=True)
     tmp.mkdir(parents=True)
     yield tmp
     for path in [*tmp.iterdir(), tmp]:
@@ -96,7 +97,7 @@ def check_same_run(saved: dict, now: dict) -> list[str]:
         if key not in MAY_CHANGE:
             raise UserError(f"--resume: {key} is {value}, but {was} in the run in --out; use the "
                             "run's own flags or another --out")
-        changes.append(f"{key} {value} (was {was})")
+        changes.append(f"{key} is {value} (was {was})")
     return changes
 
 
@@ -116,6 +117,12 @@ def check_flags(config, world_size: int) -> None:
                         f"{math.ceil(config.rows_per_step / at_once) * at_once}")
     if not config.resume:
         check_empty(config.out, "continue the run with --resume or choose another folder")
+    elif not checkpoints(config.out):  # killed before its first checkpoint, or no run at all
+        ours = ("metrics.*", "run.*", "tmp_step_*")
+        for path in Path(config.out).glob("*"):
+            if not any(path.match(pattern) for pattern in ours):
+                raise UserError(f"--resume: {config.out} holds {path.name} and no checkpoint; "
+                                "choose another --out")
     if world_size > 1:
         torch.distributed.barrier()  # every rank checks before any rank writes
 
@@ -175,18 +182,19 @@ def format_metrics(results: dict[str, float]) -> str:
 
 
 def write_run_json(out: str, run: dict) -> None:
-    """OUT/run.json: `run` (every flag and the data's sha256), the command and the versions."""
+    """OUT/run.json: `run` (every flag and the data's sha256), and for each start of the run, the
+    first one and every --resume, its command and versions."""
+    path = Path(out) / "run.json"
+    starts = json.loads(path.read_text())["starts"] if path.exists() else []
     packages = ("torch", "numpy", "tiktoken", "safetensors")
-    run = {
-        **run,
+    starts.append({
         "command": shlex.join(sys.argv),
         "world_size": int(os.environ.get("WORLD_SIZE", 1)),
         "git_commit": git_commit(),
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in packages},
-    }
-    path = Path(out) / "run.json"
-    path.with_suffix(".tmp").write_text(json.dumps(run, indent=1) + "\n")
+    })
+    path.with_suffix(".tmp").write_text(json.dumps(run | {"starts": starts}, indent=1) + "\n")
     path.with_suffix(".tmp").rename(path)
 
 

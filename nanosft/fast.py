@@ -3,6 +3,8 @@
 Both have a plain definition of a few lines in model.py, and tests that they are equal to it.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -74,12 +76,15 @@ class Varlen:
 # ----- the loss ----------------------------------------------------------------------------------
 
 
-def summed_cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-    """Equal to (weights * F.cross_entropy(hidden @ head.T, targets, reduction="none")).sum().
+def summed_cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor,
+                         n_vocab: int) -> Tensor:
+    """Equal to (weights * F.cross_entropy(logits, targets, reduction="none")).sum(), where
+    logits = hidden @ head.T with the columns from n_vocab on set to -inf.
 
     hidden (N, C), head (V, C), targets (N,) int64, weights (N,) -> float32 scalar
     """
-    return SummedCrossEntropy.apply(hidden, head, targets, weights, torch.is_grad_enabled())
+    needs_grad = torch.is_grad_enabled()
+    return SummedCrossEntropy.apply(hidden, head, targets, weights, n_vocab, needs_grad)
 
 
 class SummedCrossEntropy(torch.autograd.Function):
@@ -90,7 +95,7 @@ class SummedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, head, targets, weights, needs_grad):
+    def forward(ctx, hidden, head, targets, weights, n_vocab, needs_grad):
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         with torch.autocast(device, enabled=False):
@@ -103,6 +108,7 @@ class SummedCrossEntropy(torch.autograd.Function):
             buffer = h.new_empty(min(rows, len(h)), len(head))  # the logits of one chunk
             for h_n, target, weight in chunks:
                 logits = torch.mm(h_n, w.T, out=buffer[: len(h_n)]).float()  # (n, V)
+                logits[:, n_vocab:] = -math.inf
                 top, picked = logits.amax(1, keepdim=True), logits.gather(1, target)  # (n, 1)
                 p = logits.sub_(top).exp_()
                 total = p.sum(1, keepdim=True)  # (n, 1)
@@ -125,4 +131,4 @@ class SummedCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad):
         d_hidden, d_head = ctx.grads
         ctx.grads = None  # scaled in place, so they can be used only once
-        return d_hidden.mul_(grad), d_head.mul_(grad), None, None, None
+        return d_hidden.mul_(grad), d_head.mul_(grad), None, None, None, None

@@ -88,11 +88,11 @@ def read_sizes(folder: Path) -> dict[str, int]:
                             f"supports GPT-2's {allowed[0]!r}")
     try:
         sizes = {key: settings[key] for key in SIZES}
-        vocab_size, block_size = settings["vocab_size"], settings["n_positions"]
+        n_vocab, block_size = settings["vocab_size"], settings["n_positions"]
     except KeyError as error:
         raise UserError(f"{folder}/config.json: no {error}; is this a GPT-2?") from error
-    n_vocab = settings.get("n_vocab", vocab_size)
-    return {"block_size": block_size, "vocab_size": pad_vocab(vocab_size), "n_vocab": n_vocab,
+    return {"block_size": block_size, "vocab_size": pad_vocab(n_vocab),
+            "n_vocab": settings.get("n_vocab", n_vocab),  # of checkpoints that held padding rows
             **sizes}
 
 
@@ -140,6 +140,7 @@ def write_model(folder: str | Path, state: dict[str, Tensor], sizes: dict, **set
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.T if is_transposed(name) else tensor for name, tensor in state.items()}
     del tensors["lm_head.weight"]  # tied to wte
+    tensors["transformer.wte.weight"] = tensors["transformer.wte.weight"][: sizes["n_vocab"]]
     tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     settings = {
@@ -148,8 +149,7 @@ def write_model(folder: str | Path, state: dict[str, Tensor], sizes: dict, **set
         "activation_function": "gelu_new",
         "layer_norm_epsilon": 1e-5,
         "tie_word_embeddings": True,
-        "vocab_size": sizes["vocab_size"],
-        "n_vocab": sizes["n_vocab"],
+        "vocab_size": sizes["n_vocab"],  # the file has no rows for padding ids
         "n_positions": sizes["block_size"],
         **{key: sizes[key] for key in SIZES},
         **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),

@@ -35,11 +35,11 @@ ALONE = Ranks(rank=0, world_size=1, device=torch.device("cpu"))
 
 
 def tiny_model(seed: int = 0, spread: float = 0.15, **sizes) -> GPT:
-    """A GPT with random weights; as in `bytes`, 261 of its 320 rows are ids in use."""
-    sizes = {"block_size": 32, "vocab_size": 320, "n_vocab": 261, "n_layer": 2, "n_head": 2,
-             "n_embd": 32} | sizes
+    """A GPT with random weights and the ids of the `bytes` encoding, if no vocab_size is given."""
+    ids = {} if "vocab_size" in sizes else {"vocab_size": 320, "n_vocab": 261}
+    defaults = {"block_size": 32, "n_layer": 2, "n_head": 2, "n_embd": 32} | ids
     torch.manual_seed(seed)
-    model = GPT(GPTConfig(**sizes))
+    model = GPT(GPTConfig(**(defaults | sizes)))
     with torch.no_grad():
         for p in model.parameters():
             p += spread * torch.randn_like(p)

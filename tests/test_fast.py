@@ -131,7 +131,7 @@ def test_chunked_loss_and_gradients_equal_those_of_full_logits(monkeypatch, coun
 def test_large_logits_do_not_overflow():
     hidden = torch.tensor([[100.0]], requires_grad=True)
     head = torch.tensor([[3.0], [1.0]], requires_grad=True)
-    loss = fast.summed_cross_entropy(hidden, head, torch.tensor([1]), torch.ones(1))
+    loss = fast.summed_cross_entropy(hidden, head, torch.tensor([1]), torch.ones(1), 2)
     loss.backward()
     assert loss.item() == pytest.approx(200)  # the target's logit 100 trails the other one's 300
     assert head.grad.flatten().tolist() == pytest.approx([100, -100])

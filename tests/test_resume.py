@@ -162,12 +162,12 @@ def test_other_flags_may_change_and_the_changes_are_printed(data, whole, tmp_pat
     free = {"epochs": 1, "max_steps": 9, "batch_size": 4, "eval_every": 0, "log_every": 1}
     printed = fine_tune(moved, out, resume=True, **(FLAGS["sft"] | free))
     assert [line for line in printed.splitlines() if line.startswith("resume")] == [
-        f"resume data {moved} (was {data['sft']})",
-        "resume batch_size 4 (was 2)",
-        "resume epochs 1 (was 3)",
-        "resume max_steps 9 (was None)",
-        "resume eval_every 0 (was 3)",
-        "resume log_every 1 (was 10)",
+        f"resume: data is {moved} (was {data['sft']})",
+        "resume: batch_size is 4 (was 2)",
+        "resume: epochs is 1 (was 3)",
+        "resume: max_steps is 9 (was None)",
+        "resume: eval_every is 0 (was 3)",
+        "resume: log_every is 1 (was 10)",
     ]
     for a, b in zip(metrics(out), metrics(whole["sft"]), strict=True):
         for key in ("step", "loss", "lr", "grad_norm", "tokens", "trained_tokens"):
@@ -233,15 +233,32 @@ def test_run_json_holds_flags_data_command_and_versions(data, tmp_path, monkeypa
     found = json.loads((tmp_path / "out" / "run.json").read_text())
     config = train_sft.Config(data["sft"], str(tmp_path / "out"), **tiny_flags(flags))
     assert dataclasses.asdict(config).items() <= found.items()
-    assert (found["steps"], found["world_size"]) == (1, 1)
-    assert found["command"] == "train_sft.py --data 'my data'"
-    versions = [found[name] for name in ("python", "torch", "numpy")]
+    assert found["steps"] == 1
+    (start,) = found["starts"]
+    assert (start["command"], start["world_size"]) == ("train_sft.py --data 'my data'", 1)
+    versions = [start[name] for name in ("python", "torch", "numpy")]
     assert versions == [platform.python_version(), torch.__version__, np.__version__]
-    assert {"tiktoken", "safetensors"} <= found.keys()
-    assert found["git_commit"] == checkpoint.git_commit()
+    assert {"tiktoken", "safetensors"} <= start.keys()
+    assert start["git_commit"] == checkpoint.git_commit()
     meta = json.loads(Path(data["sft"], "meta.json").read_text())
     assert found["data_sha256"] == [meta["splits"][split]["files"][0]["sha256"]
                                     for split in ("train", "val")]
+
+
+def test_run_json_keeps_the_command_of_every_start(data, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    kill_before(3, fine_tune, data["sft"], out, monkeypatch=monkeypatch, **FLAGS["sft"])
+    monkeypatch.setattr("sys.argv", ["train_sft.py", "--resume"])
+    fine_tune(data["sft"], out, resume=True, **FLAGS["sft"])
+    starts = json.loads((out / "run.json").read_text())["starts"]
+    assert len(starts) == 2 and starts[1]["command"] == "train_sft.py --resume"
+
+
+def test_resume_leaves_a_folder_alone_that_holds_no_run(data, tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"holds thesis\.txt and no checkpoint; choose another"):
+        fine_tune(data["sft"], tmp_path, resume=True, **FLAGS["sft"])
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
 def test_git_commit_is_marked_dirty_where_files_differ_and_none_without_git(tmp_path, monkeypatch):
@@ -367,8 +384,8 @@ def test_sizes_are_only_for_a_model_from_scratch(flag, data, whole, tmp_path):
 
 def test_sizes_that_are_not_given_are_those_of_gpt2():
     config = train_gpt2.Config("", "", block_size=16, n_embd=24)
-    found = make_model(config, {"vocab_size": 261}).config
-    assert found == GPTConfig(block_size=16, vocab_size=320, n_layer=12, n_head=12, n_embd=24)
+    assert make_model(config, {"vocab_size": 261}).config == GPTConfig(
+        block_size=16, vocab_size=320, n_vocab=261, n_layer=12, n_head=12, n_embd=24)
 
 
 @pytest.mark.parametrize("flags, message", [
