@@ -24,7 +24,10 @@ def run_cli(main: Callable, config_class: type) -> None:
     import tyro
 
     try:
-        main(tyro.cli(config_class, config=(tyro.conf.OmitArgPrefixes,), use_underscores=True))
+        try:
+            main(tyro.cli(config_class, config=(tyro.conf.OmitArgPrefixes,), use_underscores=True))
+        finally:
+            sys.stdout.flush()  # here, where a closed pipe is caught
     except UserError as error:
         exit_with(str(error))
     except BrokenPipeError:  # the reader, for example `| head`, has closed the pipe
