@@ -25,20 +25,21 @@ from nanosft.assistant import (
     score,
 )
 from nanosft.cli import UserError, require_at_least, run_cli
-from nanosft.sources import messages_of, read_rows
+from nanosft.forms import Counts, Reading, messages_of
+from nanosft.sources import read_sources
 from sft_data import tokenize_prompt_and_output
 from tokenizer import render, render_prompt
 from train_gpt2 import MicroBatch, Ranks, evaluate as token_loss, setup_distributed
 
 
 @dataclasses.dataclass
-class Config:
+class Config(Reading):
     """Answer every row of a file and score the answers."""
 
     model: str
     """a nanosft checkpoint or run folder, a Hugging Face folder, a GPT-2 name or a hub id"""
     data: str
-    """.jsonl, .json or .parquet rows with a reference answer (the forms of sft_data.py)"""
+    """rows with a reference answer: a file or a hub dataset, as --source of sft_data.py"""
     extract: Literal["auto", "whole", "gsm8k", "answer"] = "auto"
     """part to compare; gsm8k: N of `#### N`; answer: <answer>N</answer>; auto: by the first row"""
     template: Literal["chat", "alpaca", "raw"] | None = None
@@ -60,11 +61,11 @@ class Config:
 def read_questions(config: Config, assistant: Assistant) -> list[dict]:
     """Rows with a reference: the messages, the prompt's ids, the reference and its ids."""
     questions, encoding, template = [], assistant.encoding, assistant.template
-    for place, row in read_rows(config.data):
+    for place, row in read_sources([config.data], config, Counts()):
         if len(questions) == config.max_examples:
             break
         try:
-            messages = messages_of(row)
+            messages = messages_of(row, config)
             if isinstance(messages, str):
                 raise UserError("a {text} row has no reference answer")
             ids, _ = render(encoding, messages, template)

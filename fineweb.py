@@ -32,7 +32,7 @@ class Config:
     out: str
     """folder for the shards; must be new or empty"""
     source: tuple[str, ...] = ("HuggingFaceFW/fineweb-edu",)
-    """.txt, .jsonl, .json or .parquet files (rows need a `text`), or a hub dataset id"""
+    """.txt, .jsonl, .json or .parquet files (rows need a `text`), or hub ID[:CONFIG[:SPLIT]]"""
     subset: str | None = None
     """the hub dataset's configuration (default for FineWeb-Edu: sample-10BT)"""
     encoding: Literal["gpt2", "bytes"] = "gpt2"

@@ -9,7 +9,6 @@ examples need no index. The shards do not depend on the layout: how examples sha
 (`--layout`, see packing.py) is decided when training starts.
 """
 
-import collections
 import dataclasses
 import functools
 import itertools
@@ -28,8 +27,23 @@ from model import IGNORE_INDEX
 from nanosft import viewer
 from nanosft.assistant import load_assistant
 from nanosft.cli import UserError, require_at_least, require_choice, run_cli
-from nanosft.shards import Shards, ShardWriter, find_examples, new_folder, write_meta
-from nanosft.sources import chunked, mark_validation, messages_of, ordered_map, read_rows
+from nanosft.forms import Counts, Reading, messages_of
+from nanosft.shards import (
+    Shards,
+    ShardWriter,
+    find_examples,
+    loss_on_all,
+    new_folder,
+    write_meta,
+)
+from nanosft.sources import (
+    Report,
+    check_apart,
+    chunked,
+    mark_validation,
+    ordered_map,
+    read_sources,
+)
 from packing import LAYOUTS, Plan, plan_rows as plan_rows
 from tokenizer import get_encoding, render, render_text
 
@@ -37,15 +51,13 @@ ROWS_A_CHUNK = 256  # rows that a worker renders at a time; 64 to 1024 are equal
 
 
 @dataclasses.dataclass
-class Config:
+class Config(Reading):
     """Turn chat rows into shards for train_sft.py (--source), or look at them (--show)."""
 
     source: tuple[str, ...] = ()
-    """.jsonl, .json or .parquet files, or a hub dataset id"""
+    """.jsonl, .json or .parquet files, or hub datasets as ID[:CONFIG[:SPLIT]]; *N: N times"""
     val_source: tuple[str, ...] = ()
     """rows of the validation split; default: --val_fraction of --source"""
-    subset: str | None = None
-    """the hub dataset's configuration"""
     out: str | None = None
     """folder for the shards; must be new or empty"""
     encoding: Literal["gpt2", "bytes"] = "gpt2"
@@ -186,7 +198,7 @@ class SFTDataset(Dataset):
             begin = int(self.starts[example])
             ids, weights = self.shards[begin + start : begin + stop].astype(np.int64)  # (n,) each
             if self.loss_on == "all":
-                weights[:] = 100
+                weights = loss_on_all(*self.shards[begin : begin + stop], self.eot)[start:]
             if self.isolate or self.layout != "stream":
                 weights[0] = 0  # never train across an example boundary
             segment = np.full_like(ids, segment if self.isolate else 0)
@@ -277,55 +289,60 @@ def tokenize_prompt_and_output(encoding, prompts: Sequence, outputs: Sequence) -
 # ----- chats to shards ---------------------------------------------------------------------------
 
 
-def render_rows(chunk: list[tuple[str, dict]], encoding_name: str, template: str, train_on: str,
-                ) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """One chunk: its examples as uint16 (2, n), the length of each (0: bad row), the errors."""
-    encoding = get_encoding(encoding_name)
-    all_ids, all_weights, lengths, errors = [], [], [], []
+def render_rows(chunk: list[tuple[str, dict]], config: Config,
+                ) -> tuple[np.ndarray, list[int], list[str], list[tuple], Counts]:
+    """One chunk: its examples as uint16 (2, n), the length and source of each, and what is wrong.
+
+    The errors are (place, message); the counts are those of `messages_of`.
+    """
+    encoding, counts = get_encoding(config.encoding), Counts()
+    all_ids, all_weights, lengths, sources, errors = [], [], [], [], []
     for place, row in chunk:
         try:
-            messages = messages_of(row)
+            messages = messages_of(row, config, counts)
             if isinstance(messages, str):
                 ids, weights = render_text(encoding, messages)
             else:
-                ids, weights = render(encoding, messages, template, train_on)
+                ids, weights = render(encoding, messages, config.template, config.train_on)
         except UserError as error:
-            errors.append(f"{place}: {error}")
-            ids, weights = [], []
+            errors.append((place, str(error)))
+            continue
         all_ids += ids
         all_weights += weights
         lengths.append(len(ids))
-    return np.array([all_ids, all_weights], dtype=np.uint16), np.array(lengths), errors
+        sources.append(place.rsplit(" ", 2)[0])  # without "line 7"
+    return np.array([all_ids, all_weights], np.uint16), lengths, sources, errors, counts
 
 
-def read_examples(config: Config, sources: Iterable[str], bad: list[str]) -> Iterator[np.ndarray]:
-    """Each valid example as (2, n), in order; bad rows go to `bad`, or raise (--on_bad_row)."""
-    rows = (row for source in sources for row in read_rows(source, config.subset))
+def read_examples(config: Config, sources: Iterable[str], report: Report) -> Iterator[tuple]:
+    """(example as (2, n), its source), in order; bad rows are counted, or raise (--on_bad_row)."""
+    rows = read_sources(sources, config, report.counts)
     chunks = chunked(rows, lambda row: 1, ROWS_A_CHUNK)
-    work = (config.encoding, config.template, config.train_on)
-    for tokens, lengths, errors in ordered_map(render_rows, chunks, config.workers, *work):
-        bad += errors
-        if bad and config.on_bad_row == "error":
-            raise UserError(f"{bad[0]}  (use --on_bad_row skip to leave out such rows)")
-        if (good := lengths[lengths > 0]).size:
-            yield from np.split(tokens, np.cumsum(good)[:-1], axis=1)
+    done = ordered_map(render_rows, chunks, config.workers, config)
+    for tokens, lengths, names, errors, counts in done:
+        report.reject(errors)
+        if errors and config.on_bad_row == "error":
+            raise UserError(f"{report.bad[0]}  (use --on_bad_row skip to leave out such rows)")
+        report.counts.update(counts)
+        yield from zip(np.split(tokens, np.cumsum(lengths)[:-1], axis=1), names)
 
 
-def write_splits(config: Config, folder: Path, bad: list[str]) -> dict[str, dict]:
+def write_splits(config: Config, folder: Path, report: Report) -> dict[str, dict]:
     """Read --source and --val_source, write their shards -> {split: its entry in meta.json}."""
     fraction = 0 if config.val_source else config.val_fraction
     names = ["train", "val"] if config.val_source or fraction else ["train"]
     writers = {name: ShardWriter(folder, name, config.shard_tokens) for name in names}
-    counts = {name: collections.Counter() for name in names}
+    counts = {name: Counts() for name in names}
     for part, sources in (("train", config.source), ("val", config.val_source)):
-        examples = itertools.islice(read_examples(config, sources, bad), config.max_examples)
+        examples = itertools.islice(read_examples(config, sources, report), config.max_examples)
         share = fraction if part == "train" else 0
         bar = tqdm(desc=part, unit="ex", unit_scale=True, disable=None)  # None: TTY only
-        for example, is_val in mark_validation(examples, share, config.seed):
+        for (example, source), is_val in mark_validation(examples, share, config.seed):
             split = "val" if is_val else part
             writers[split].add(example)
             trained = int(np.count_nonzero(example[1]))
             counts[split].update(examples=1, trained_tokens=trained)
+            report.keep(split, source, example)
             bar.update()
         bar.close()
     return {name: writers[name].finish(**counts[name]) for name in names}
@@ -336,11 +353,12 @@ def prepare(config: Config) -> None:
     if not 0 <= config.val_fraction < 1:
         raise UserError(f"--val_fraction {config.val_fraction} must be at least 0 and less than 1")
     require_at_least(config, 1, "workers", "shard_tokens", "block_size", "max_examples")
+    check_apart(config.source, config.val_source, config.subset)
     encoding = get_encoding(config.encoding)
-    bad = []
+    report = Report()
     with new_folder(config.out) as folder:
-        splits = write_splits(config, folder, bad)
-        check_splits(config, splits, bad)
+        splits = write_splits(config, folder, report)
+        report.check_splits(splits, config)
         write_meta(folder, {
             "kind": "sft",
             "encoding": config.encoding,
@@ -350,21 +368,9 @@ def prepare(config: Config) -> None:
             "source": [*config.source, *config.val_source],
             "splits": splits,
         })
-    viewer.print_report(splits, bad, row_opener(config, config.out, "train"))
+    viewer.print_report(splits, report, row_opener(config, config.out, "train"))
     print(f"next: torchrun --standalone --nproc_per_node=1 train_sft.py --data {config.out} "
           "--init gpt2 --out out/sft")
-
-
-def check_splits(config: Config, splits: dict[str, dict], bad: list[str]) -> None:
-    for name, split in splits.items():
-        if split["tokens"]:
-            continue
-        why = f"all {len(bad)} rows were rejected; first: {bad[0]}" if bad else "no rows"
-        if name == "val" and not config.val_source:
-            n = splits["train"].get("examples", 0)
-            why = f"--val_fraction {config.val_fraction} of {n} rows"
-        raise UserError(f"the {name} split is empty ({why}); change --source, --val_source or "
-                        "--val_fraction")
 
 
 def row_opener(config: Config, data: str, split: str) -> Callable[..., SFTDataset]:

@@ -189,3 +189,16 @@ def find_examples(shards: Shards, eot: int) -> tuple[np.ndarray, np.ndarray]:
     ends = np.concatenate(ends)
     starts = np.append(0, ends[:-1])
     return starts, (ends - starts).astype(np.int32)
+
+
+def loss_on_all(ids: np.ndarray, weights: np.ndarray, eot: int) -> np.ndarray:
+    """--loss_on all: the weights of an example, (n,) each, with 100 everywhere but in the answers
+    that a chat keeps as context (weight 0).
+
+    Only the chat template marks where an answer begins; elsewhere every id is trained.
+    """
+    system, user, assistant, _ = range(eot + 1, eot + 5)  # in the order of tokenizer.SPECIALS
+    is_role = np.isin(ids, (system, user, assistant))
+    turn = np.maximum.accumulate(np.where(is_role, np.arange(len(ids)), 0))  # where it began
+    is_answer = (ids[turn] == assistant) & ~is_role & (ids != eot)
+    return np.where(is_answer & (weights == 0), 0, 100)

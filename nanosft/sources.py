@@ -1,31 +1,111 @@
-"""Rows in: files and hub datasets, the known forms of a chat row, an ordered worker pool."""
+"""Rows in: files and hub datasets, what was found in them, an ordered worker pool."""
 
 import collections
 import concurrent.futures
+import hashlib
 import itertools
 import json
+import logging
 import multiprocessing
 import re
+from array import array
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from nanosft.cli import UserError
+from nanosft.forms import Counts, Reading, show, split_pair
 
 # ----- reading rows ------------------------------------------------------------------------------
 
 
+class Source(NamedTuple):
+    name: str  # a path or a hub id
+    config: str | None
+    split: str
+    repeats: int
+
+
+def parse_source(source: str, subset: str | None = None) -> Source:
+    """PATH or ID[:CONFIG[:SPLIT]], and *N to read it N times; a path that exists wins.
+
+    >>> parse_source("openai/gsm8k:main:test*2")
+    Source(name='openai/gsm8k', config='main', split='test', repeats=2)
+    """
+    if Path(source).exists():
+        return Source(source, subset, "train", 1)
+    whole, star, repeats = source.rpartition("*")
+    if not star:
+        whole, repeats = source, "1"
+    if not repeats.isdecimal() or int(repeats) < 1:
+        raise UserError(f"{source}: *{repeats} must be *1 or more; leave the source out to read "
+                        "none of it")
+    if Path(whole).exists():
+        return Source(whole, subset, "train", int(repeats))
+    name, _, rest = whole.partition(":")
+    config, _, split = rest.partition(":")
+    if ":" in split or (rest and Path(name).is_file()):
+        raise UserError(f"{source}: expected ID[:CONFIG[:SPLIT]]; a file has neither")
+    return Source(name, config or subset, split or "train", int(repeats))
+
+
+def check_apart(sources: Iterable[str], val_sources: Iterable[str], subset: str | None) -> None:
+    """UserError if --val_source reads what --source reads."""
+
+    def identity(source: str) -> tuple:
+        name, *rest, _ = parse_source(source, subset)
+        return (str(Path(name).resolve()) if Path(name).exists() else name, *rest)
+
+    trained = {identity(source): source for source in sources}
+    for source in val_sources:
+        if (same := trained.get(identity(source))) is not None:
+            raise UserError(f"--val_source {source} is --source {same}: the model would be judged "
+                            "on rows it was trained on; name other rows, or use --val_fraction")
+
+
+def read_sources(sources: Iterable[str], reading: Reading, counts: Counts,
+                 ) -> Iterator[tuple[str, dict]]:
+    """(place, row) of each source in turn, as far as --where keeps it; the others are counted."""
+    wanted, _ = [split_pair("--where", item) for item in reading.where], reading.mapping  # checked
+    n_kept, first = 0, None
+    for source in sources:
+        for place, row in read_rows(source, reading.subset):
+            found = [value_text(row, column) for column, _ in wanted]
+            first = first or (place, found, row)
+            if found == [value for _, value in wanted] or not isinstance(row, dict):
+                n_kept += 1
+                yield place, row
+            else:
+                counts["where", "left out by --where"] += 1
+    if first and not n_kept:
+        place, found, row = first
+        values = ", ".join(f"{column}={text}" for (column, _), text in zip(wanted, found))
+        raise UserError(f"--where {' '.join(reading.where)} leaves none of the rows; {place} has "
+                        f"{show(values)} and the columns {show(sorted(row))}")
+
+
+def value_text(row: dict, column: str) -> str:
+    """A value as --where writes it: strings as they are, others as JSON (true, 3, null)."""
+    value = row.get(column) if isinstance(row, dict) else None
+    return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
 def read_rows(source: str, subset: str | None = None) -> Iterator[tuple[str, dict]]:
-    """(place, row) of a .jsonl, .json or .parquet file or a hub dataset; errors name the place."""
-    path = Path(source)
-    readers = {".jsonl": read_jsonl, ".json": read_json, ".parquet": read_parquet}
-    if path.suffix in readers:
-        yield from readers[path.suffix](require_file(path))
-    elif path.exists() or source.startswith((".", "/", "~")):
-        raise UserError(f"{require_file(path)}: expected a .jsonl, .json or .parquet file")
-    else:
-        yield from read_hub(source, subset)
+    """(place, row) of a .jsonl, .json or .parquet file, a folder of them, or a hub dataset."""
+    parsed = parse_source(source, subset)
+    path, readers = Path(parsed.name), {".jsonl": read_jsonl, ".json": read_json,
+                                        ".parquet": read_parquet}
+    for _ in range(parsed.repeats):
+        if path.is_dir():
+            yield from read_hub(source, parsed)
+        elif path.suffix in readers:
+            yield from readers[path.suffix](require_file(path))
+        elif path.exists() or source.startswith((".", "/", "~")):
+            raise UserError(f"{require_file(path)}: expected a .jsonl, .json or .parquet file")
+        else:
+            yield from read_hub(source, parsed)
 
 
 def require_file(path: Path) -> Path:
@@ -90,65 +170,87 @@ def read_txt(path: Path, chunk_chars: int) -> Iterator[tuple[str, bool]]:
     yield text, True
 
 
-def read_hub(name: str, subset: str | None) -> Iterator[tuple[str, dict]]:
+def read_hub(source: str, parsed: Source) -> Iterator[tuple[str, dict]]:
+    """Rows of a hub dataset, or of a local folder, streamed: nothing is downloaded first."""
     import datasets
 
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # no line for each retry
+    place = source.partition("*")[0]
     try:
-        rows = datasets.load_dataset(name, subset, split="train", streaming=True)
+        rows = datasets.load_dataset(parsed.name, parsed.config, split=parsed.split, streaming=True)
+        yield from ((f"{place} row {i}", row) for i, row in enumerate(rows, start=1))
     except Exception as error:  # the hub raises many types; each means that nothing can be read
-        reason = str(error).strip().partition("\n")[0]
-        raise UserError(f"{name}: neither a local file nor a dataset on the hub ({reason})"
-                        ) from error
-    yield from ((f"{name} row {i}", row) for i, row in enumerate(rows, start=1))
+        reason = " ".join(str(error).split())[:140]
+        what = "neither a local file nor a dataset on the hub"
+        advice = "check the id and the network, or pass the path of a .jsonl, .json or .parquet"
+        if "gated" in reason:
+            what, advice = "a gated dataset", "accept its terms on its page, then `hf auth login`"
+        elif "split" in reason.lower() or "config" in reason.lower() or Path(parsed.name).is_dir():
+            what, advice = "cannot be read", f"name one that exists: {parsed.name}:CONFIG:SPLIT"
+        raise UserError(f"{place}: {what} ({reason}); {advice}") from error
 
 
-# ----- a row of a dataset as messages ------------------------------------------------------------
-
-# (prompt key, response key); `messages_of` handles three more forms
-PAIRS = (
-    ("prompt", "response"),
-    ("prompt", "completion"),
-    ("question", "answer"),
-    ("instruction", "output"),
-    ("instruction", "response"),
-)
-KNOWN_FORMS = "; ".join(f"{{{p}, {r}}}" for p, r in PAIRS) + "; {messages}; {conversations}; {text}"
-SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
+# ----- what was found ----------------------------------------------------------------------------
 
 
-def messages_of(row: dict) -> list[dict] | str:
-    """A row of any known form as messages, or the string of a `{text}` row.
+def reason_of(error: str) -> str:
+    """An error without its numbers, values and advice, to count rows by it.
 
-    >>> messages_of({"question": "2+2?", "answer": "4"})
-    [{'role': 'user', 'content': '2+2?'}, {'role': 'assistant', 'content': '4'}]
+    >>> reason_of("message 3 has role 'bob'; the known roles are user")
+    'message N has role …'
     """
-    if not isinstance(row, dict):
-        raise UserError(f"expected an object, not a {type(row).__name__}")
-    if "messages" in row:
-        return row["messages"]
-    if "conversations" in row:
-        return sharegpt_messages(row["conversations"])
-    for prompt, response in PAIRS:
-        if prompt in row and response in row:
-            for key in (prompt, response):
-                if not isinstance(row[key], str):
-                    raise UserError(f"`{key}` is {row[key]!r}, not a string")
-            user = {"role": "user", "content": row[prompt]}
-            if prompt == "instruction" and row.get("input"):
-                user["input"] = row["input"]
-            return [user, {"role": "assistant", "content": row[response]}]
-    if isinstance(row.get("text"), str):
-        if not row["text"]:
-            raise UserError("`text` is empty")
-        return row["text"]
-    raise UserError(f"unknown form with keys {sorted(row)}; the known forms are {KNOWN_FORMS}")
+    what = re.sub(r"(['\"]).*?\1", "…", error).partition(";")[0]
+    return re.sub(r"\d+", "N", re.sub(r"[\[{'\"].*", "…", what))[:100]  # `show` may cut a value
 
 
-def sharegpt_messages(turns: list[dict]) -> list[dict]:
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise UserError("`conversations` must be a list of {from, value}")
-    return [{"role": SHAREGPT_ROLES.get(str(turn.get("from")), turn.get("from")),
-             "content": turn.get("value")} for turn in turns]
+class Report:
+    """What sft_data.py found in its rows: counts, the first bad rows, and copies.
+
+    counts is {(kind, name): rows}; of each example it keeps two hashes, 16 bytes.
+    """
+
+    def __init__(self):
+        self.counts, self.bad = Counts(), []
+        self.hashes = {split: (array("Q"), array("Q")) for split in ("train", "val")}
+
+    def reject(self, errors: list[tuple[str, str]]) -> None:
+        """errors: (place, message)."""
+        self.bad += [f"{place}: {error}" for place, error in errors[: 3 - len(self.bad)]]
+        self.counts.update(("rejected", reason_of(error)) for _, error in errors)
+
+    def keep(self, split: str, source: str, example: np.ndarray) -> None:
+        """example: (2, n). Its prompt is what comes before the first trained token."""
+        self.counts["source", source] += 1
+        n_prompt = int(np.argmax(example[1] > 0)) or example.shape[1]  # a {text} row: all of it
+        for hashes, part in zip(self.hashes[split], (example, example[0, :n_prompt])):
+            digest = hashlib.blake2b(part.tobytes(), digest_size=8).digest()
+            hashes.append(int.from_bytes(digest, "little"))
+
+    def of(self, kind: str) -> dict[str, int]:
+        """{name: rows} of one kind, most first."""
+        found = [(name, n) for (of, name), n in self.counts.most_common() if of == kind]
+        return dict(found)
+
+    def check_splits(self, splits: dict[str, dict], config) -> None:
+        """UserError if a split is empty, with the reason. config: that of sft_data.py."""
+        n_bad = sum(self.of("rejected").values())
+        for name, split in splits.items():
+            if split["tokens"]:
+                continue
+            why = f"all {n_bad} rows were rejected; first: {self.bad[0]}" if n_bad else "no rows"
+            if name == "val" and not config.val_source:
+                n = splits["train"].get("examples", 0)
+                why = f"--val_fraction {config.val_fraction} of {n} rows"
+            raise UserError(f"the {name} split is empty ({why}); change --source, --val_source or "
+                            "--val_fraction")
+
+    def copies(self) -> tuple[int, int]:
+        """(examples that occur earlier, too; validation prompts that occur in training)."""
+        (train, prompts), (val, val_prompts) = (
+            [np.array(hashes, np.uint64) for hashes in self.hashes[split]]
+            for split in ("train", "val"))
+        n_distinct = len(np.unique(np.concatenate([train, val])))
+        return len(train) + len(val) - n_distinct, int(np.isin(val_prompts, prompts).sum())
 
 
 def mark_validation(examples: Iterator, fraction: float, seed: int) -> Iterator[tuple]:

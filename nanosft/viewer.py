@@ -25,6 +25,7 @@ import torch
 from model import isolated_positions
 from nanosft.assistant import Assistant
 from nanosft.cli import UserError
+from nanosft.sources import Report
 from packing import LAYOUTS
 from tokenizer import get_encoding
 
@@ -279,12 +280,9 @@ def write_page(path: str, n: int, open_rows: Callable, layout: str,
 # ----- what sft_data.py prints after writing a folder --------------------------------------------
 
 
-def print_report(splits: dict[str, dict], bad: list[str], open_rows: Callable) -> None:
+def print_report(splits: dict[str, dict], report: Report, open_rows: Callable) -> None:
     """How many rows were read, how long they are, and how each layout packs them."""
-    kept = sum(split["examples"] for split in splits.values())
-    print(f"read {kept + len(bad):,} rows: {kept:,} kept, {len(bad):,} rejected")
-    for line in bad[:3]:
-        print(f"  rejected {line}")
+    print_counts(sum(split["examples"] for split in splits.values()), report)
     for name, split in splits.items():
         share = split["trained_tokens"] / split["tokens"]
         print(f"{name:5}  {split['examples']:>9,} examples  {split['tokens']:>12,} tokens  "
@@ -304,3 +302,25 @@ def print_report(splits: dict[str, dict], bad: list[str], open_rows: Callable) -
         print(f"  {layout:7} {len(rows):>9,}  {rows.fill():6.1%}  "
               f"{len(rows.lengths) / len(rows):12.2f}  {rows.n_truncated:>9,}  "
               f"{rows.n_dropped:>7,}")
+
+
+def print_counts(kept: int, report: Report) -> None:
+    """What became of the rows: rejected and why, from which source, which text was not used."""
+    reasons, sources, unused = map(report.of, ("rejected", "source", "unused"))
+    n_bad = sum(reasons.values())
+    print(f"read {kept + n_bad:,} rows: {kept:,} kept, {n_bad:,} rejected")
+    for line in report.bad:
+        print(f"  rejected {line}")
+    for reason, n in list(reasons.items())[:10] if n_bad > len(report.bad) else []:
+        print(f"  rejected {n:,} x {reason}")
+    for source, n in sources.items() if len(sources) > 1 else []:
+        print(f"  {n:,} kept of {source}")
+    if unused:
+        names = ", ".join(f"{name} {n:,}" for name, n in unused.items())
+        print(f"not used (rows with text there): {names}")
+    repeated, seen = report.copies()
+    if repeated or seen:
+        print(f"copies: {repeated:,} examples repeat an earlier one, {seen:,} validation prompts "
+              "occur in training")
+    for name, n in (report.of("where") | report.of("repaired")).items():
+        print(f"{name}: {n:,}")

@@ -119,12 +119,14 @@ def test_unreadable_text_is_named(refused, tmp_path, name, content, message):
 
 def test_name_that_is_neither_a_file_nor_a_dataset_is_one_line(refused, monkeypatch):
     def load_dataset(*args, **kwargs):
-        raise ConnectionError("no route\nto the hub\nat all")
+        raise ConnectionError("no route\nto the hub")
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
     for module in (fineweb, sft_data):
         line = refused(module, *prepare_flags("me/typo"))
-        assert line == "me/typo: neither a local file nor a dataset on the hub (no route)"
+        assert line == ("me/typo: neither a local file nor a dataset on the hub (no route to the "
+                        "hub); check the id and the network, or pass the path of a .jsonl, .json "
+                        "or .parquet")
 
 
 # ----- rows that cannot be trained ---------------------------------------------------------------
@@ -136,9 +138,8 @@ def chat(*turns) -> dict:
     return {"messages": [dict(zip(keys, turn)) for turn in turns]}
 
 
-NOT_A_LIST = "messages must be a non-empty list"
 NO_CONTENT = "message 0 has no `content` string"
-NOT_TURNS = "`conversations` must be a list of {from, value}"
+NOT_TURNS = "`conversations` must be a list of {role, content}, of {from, value} or of strings"
 
 
 @pytest.mark.parametrize("row, message", [
@@ -146,29 +147,32 @@ NOT_TURNS = "`conversations` must be a list of {from, value}"
     ("text", "expected an object, not a str"),
     (None, "expected an object, not a NoneType"),
     ({}, "unknown form with keys []"),
-    ({"q": 1, "a": 2}, "unknown form with keys ['a', 'q']; the known forms are {prompt, "),
+    ({"q": 1, "a": 2}, "unknown form with keys ['a', 'q']"),
     ({"prompt": "Q"}, "unknown form with keys ['prompt']"),  # no response
-    ({"text": 3}, "unknown form with keys ['text']"),
+    ({"text": 3}, "`text` is 3, not a string"),
     ({"text": ""}, "`text` is empty"),
     ({"prompt": "Q", "response": ""}, "message 1: the response is empty"),
-    ({"prompt": "Q", "response": None}, "`response` is None, not a string"),
+    ({"prompt": "Q", "response": None}, "keys ['prompt', 'response'], not null: ['prompt']; see"),
     ({"prompt": ["Q"], "response": "A"}, "`prompt` is ['Q'], not a string"),
     ({"question": 7, "answer": "A"}, "`question` is 7, not a string"),
-    ({"instruction": "Q", "input": 7, "output": "A"}, "message 0: `input` must be a string in a"),
-    ({"messages": None}, NOT_A_LIST),
-    ({"messages": []}, NOT_A_LIST),
-    ({"messages": ["Q", "A"]}, NO_CONTENT),
+    ({"instruction": "Q", "input": 7, "output": "A"}, "`input` is 7, not a string"),
+    ({"messages": None}, "unknown form with keys ['messages'], not null: []"),
+    ({"messages": []}, "messages must be a non-empty list"),
+    ({"messages": ["Q"]}, "the last message has role 'user', expected 'assistant'"),
+    ({"messages": "Q"}, "`messages` is a string, but not JSON: 'Q'"),
+    ({"messages": [{"role": "user", "content": "Q"}, "A"]}, "`messages` must be a list of"),
     (chat(("user", None), ("assistant", "A")), NO_CONTENT),
-    (chat(("user", [{"type": "image"}]), ("assistant", "A")), NO_CONTENT),
+    (chat(("user", [{"type": "image"}]), ("assistant", "A")), "part of type 'image'"),
     (chat(("assistant", "A"), ("user", "Q")), "message 0 has role 'assistant', expected 'user'"),
     (chat(("user", "Q"), ("user", "Q")), "message 1 has role 'user', expected 'assistant'"),
-    (chat(("user", "Q"), ("tool", "4")), "message 1 has role 'tool', expected 'assistant'"),
+    (chat(("user", "Q"), ("tool", "4")), "message 1 has role 'tool': tool and function turns"),
+    (chat(("user", "Q"), ("bob", "4")), "message 1 has role 'bob'; the known roles are system, "),
     (chat(("user", "Q")), "the last message has role 'user', expected 'assistant'"),
     (chat(("user", "Q"), ("assistant", "A", 1.5)), "weight 1.5 is not a number from 0 to 1"),
     (chat(("user", "Q"), ("assistant", "A", float("nan"))), "weight nan is not a number"),
     (chat(("user", "Q"), ("assistant", "A", "1")), "weight '1' is not a number from 0 to 1"),
     (chat(("user", "Q", 0.5), ("assistant", "A")), "message 0: weight 0.5 on a user message"),
-    ({"conversations": "Q"}, NOT_TURNS),
+    ({"conversations": {"from": ["human"]}}, NOT_TURNS),
     ({"conversations": [["human", "Q"]]}, NOT_TURNS),
     ({"conversations": [{"from": ["human"], "value": "Q"}]}, "message 0 has role ['human']"),
     ({"conversations": [{"from": "human"}]}, NO_CONTENT),

@@ -154,6 +154,18 @@ def test_two_ranks_score_each_row_once_and_report_what_one_process_reports():
     assert [json.loads(line)["row"] for line in answers.splitlines()] == list(range(7))
 
 
+def test_data_is_named_and_read_as_in_sft_data(ask, tmp_path, jsonl):
+    """A split of a folder, with its columns named; text that would be lost is an error, too."""
+    (tmp_path / "set").mkdir()
+    jsonl("set/test.jsonl", [{"q": q, "a": a, "cot": "So"} for q, a in QUESTIONS.items()])
+    flags = ["--data", f"{tmp_path}/set::test", "--columns", "prompt=q,response=a"]
+    result = ask(evaluate, *flags)
+    assert result.code == 2 and "test row 1: `cot` holds text that would be lost" in result.err
+    result = ask(evaluate, *flags, "--ignore", "cot", "--where", "q=3+4=")
+    found = json.loads(result.out.splitlines()[-1])
+    assert (found["rows"], found["answer_acc"]) == (1, 1.0)
+
+
 def test_prompt_longer_than_the_context_loses_its_start_with_a_warning(jsonl, ask):
     rows = jsonl("rows.jsonl", [{"prompt": "short", "response": "a"},
                                 {"prompt": "x" * 100, "response": "b"}])

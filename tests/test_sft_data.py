@@ -17,7 +17,7 @@ from hypothesis import given, settings, strategies as st
 
 import sft_data
 from nanosft.cli import UserError
-from nanosft.sources import messages_of
+from nanosft.forms import messages_of
 from packing import LAYOUTS
 from sft_data import SFTDataset, create_labels, iterate_batches, tokenize_prompt_and_output
 from tokenizer import get_encoding, render, render_text
@@ -290,6 +290,17 @@ def test_loss_on_all_trains_prompts_too_but_no_padding(sft_shards):
     assert row["weights"].tolist() == [1] * 6 + [0, 0]
 
 
+@pytest.mark.parametrize("layout", ["pad", "stream"])
+def test_loss_on_all_keeps_answers_of_weight_0_as_context(sft_shards, layout):
+    """In a stream of T = 3 the second row begins inside the answer that is not trained."""
+    turns = ("user", "a"), ("assistant", "bcd", 0), ("user", "e"), ("assistant", "f", 0.5)
+    data = sft_shards([chat(*turns), {"text": "z"}])
+    T = {"pad": 20, "stream": 3}[layout]
+    rows = all_rows(SFTDataset(data, "train", T, layout, seed=None, loss_on="all"))
+    labels = [id for row in rows for id in row["labels"].tolist() if id >= 0]
+    assert labels == [97, END, ASSISTANT, USER, 101, END, ASSISTANT, 102, END, EOT, EOT]
+
+
 def test_padding_is_not_trained_although_its_id_is_a_real_endoftext(sft_shards):
     """In `raw` the real <|endoftext|> is a target; the padding after it has the same id."""
     data = sft_shards([qa()], "--template", "raw")
@@ -551,7 +562,7 @@ def test_batches_leave_the_global_random_state_alone(sft_shards, shuffle):
 
 def test_report_counts_rows_and_tokens_and_what_each_layout_makes_of_them(tmp_path, jsonl, command):
     """Four examples of 7 ids and one of 12, of which T = 8 keeps 9; one row is bad."""
-    rows = [qa(), qa(), {"prompt": "Q"}, qa(), qa(), qa("Q", "ABCDEF")]
+    rows = [qa("Q"), qa("R"), {"prompt": "Q"}, qa("S"), qa("T"), qa("Q", "ABCDEF")]
     source = jsonl("a.jsonl", rows)
     result = command(sft_data, "--source", source, "--encoding", "bytes", "--val_fraction", 0,
                      "--workers", 1, "--block_size", 8, "--on_bad_row", "skip",
@@ -571,6 +582,63 @@ def test_report_counts_rows_and_tokens_and_what_each_layout_makes_of_them(tmp_pa
         "pad 5 80.0% 1.00 1 0",
         "bucket 5 80.0% 1.00 1 0",
     ]
+
+
+def test_report_names_sources_unused_text_copies_and_why_rows_were_rejected(tmp_path, jsonl,
+                                                                            command):
+    """a.jsonl is read twice; each time one row is left out, three are bad, one is repaired."""
+    bad = [qa("x", ""), {"messages": [{"role": "bob", "content": "b"}]}, qa("y", "")]
+    repeated = chat(("user", "q"), ("user", "r"), ("assistant", "s"))
+    noted, filtered = qa("1") | {"note": "n", "id": 1}, qa("2") | {"ok": False}
+    a = jsonl("a.jsonl", [noted, filtered, *bad, repeated])
+    b = jsonl("b.jsonl", [qa("3") | {"note": " "}])
+    val = jsonl("val.jsonl", [qa("1", "other"), qa("4")])
+    result = command(sft_data, "--source", f"{a}*2", b, "--val_source", val, "--encoding", "bytes",
+                     "--workers", 1, "--on_bad_row", "skip", "--where", "ok=null", "--repair",
+                     "--where", "language=null", "--out", tmp_path / "sft")
+    assert (result.code, result.err) == (0, "")
+    lines = [line.strip() for line in result.out.splitlines()]
+    assert lines[0] == "read 13 rows: 7 kept, 6 rejected"
+    assert lines[1] == f"rejected {a} line 3: message 1: the response is empty, so there is " \
+                       "nothing to train on"
+    assert lines[4:13] == [
+        "rejected 4 x message N: the response is empty, so there is nothing to train on",
+        "rejected 2 x message N has role …",
+        f"4 kept of {a}", f"2 kept of {val}", f"1 kept of {b}",
+        "not used (rows with text there): note 2, id 0",
+        "copies: 2 examples repeat an earlier one, 1 validation prompts occur in training",
+        "left out by --where: 2",
+        "turns merged: 2",
+    ]
+
+
+def test_max_examples_128_is_a_subset_of_256_with_a_validation_split(sft_shards):
+    rows = [qa(str(i)) for i in range(300)]
+    few, many = (sft_shards(rows, "--max_examples", n, "--val_fraction", 0.05, name=str(n))
+                 for n in (128, 256))
+    for split in ("train", "val"):
+        assert set(texts_in(few, split)) < set(texts_in(many, split))
+    assert len(texts_in(few)) + len(texts_in(few, "val")) == 128
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_flags_of_the_rows_work_on_the_command_line(sft_shards, workers):
+    rows = [{"q": "Q", "a": "A", "c": "x", "cot": "So"}]
+    folder = sft_shards(rows, "--columns", "prompt=q,response=a,input=c", "--ignore", "cot", "note",
+                        "--workers", workers)
+    assert texts_in(folder) == ["<|user|>Q\n\nx<|end|><|assistant|>A<|end|><|endoftext|>"]
+
+
+def test_flags_of_the_rows_that_cannot_be_are_one_line(jsonl, command, tmp_path):
+    source = jsonl("a.jsonl", [qa()])
+    result = command(sft_data, "--source", source, "--val_source", source, "--out", tmp_path / "o")
+    assert (result.code, result.err.count("\n")) == (2, 1)
+    assert f"--val_source {source} is --source {source}" in result.err
+    for flags in (["--columns", "x=q"], ["--columns", "q"], ["--where", "q"], ["--where", "q=1"]):
+        result = command(sft_data, "--source", source, "--out", tmp_path / "o", *flags)
+        assert (result.code, result.err.count("\n")) == (2, 1)
+        assert result.err.startswith(f"error: {flags[0]} ")  # no row is to blame
+    assert not (tmp_path / "o").exists()
 
 
 def test_shards_are_kept_if_the_report_finds_no_example_that_fits_a_row(sft_shards):

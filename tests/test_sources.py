@@ -3,6 +3,7 @@
 import doctest
 import json
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pyarrow
@@ -10,15 +11,28 @@ import pyarrow.parquet
 import pytest
 from hypothesis import example, given, strategies as st
 
-from nanosft import sources
-from nanosft.sources import chunked, mark_validation, messages_of, ordered_map, read_rows, read_txt
+from nanosft import forms, sources
+from nanosft.cli import UserError
+from nanosft.forms import FORMS, Counts, Reading, messages_of
+from nanosft.sources import (
+    check_apart,
+    chunked,
+    mark_validation,
+    ordered_map,
+    parse_source,
+    read_rows,
+    read_sources,
+    read_txt,
+    reason_of,
+)
 from tokenizer import render
 
+ROOT = Path(__file__).parents[1]
 QUESTION, ANSWER = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
 
 
 def test_docstring_examples_are_right():
-    assert doctest.testmod(sources) == (0, 1)
+    assert doctest.testmod(sources).failed == doctest.testmod(forms).failed == 0
 
 
 # ----- reading rows ------------------------------------------------------------------------------
@@ -86,36 +100,66 @@ def test_txt_is_cut_at_a_newline_between_visible_characters(tmp_path):
 # ----- a row as messages -------------------------------------------------------------------------
 
 
+EXAMPLES = [row for form in FORMS for row in form.examples if form.columns != ("text",)]
+
+
 @pytest.mark.parametrize("row", [
-    {"prompt": "Q", "response": "A"},
+    *EXAMPLES,
     {"prompt": "Q", "completion": "A"},
-    {"question": "Q", "answer": "A"},
+    {"query": "Q", "response": "A"},
+    {"problem": "Q", "answer": "A"},
     {"instruction": "Q", "output": "A"},
-    {"instruction": "Q", "response": "A"},
-    {"instruction": "Q", "input": "", "output": "A", "text": "Alpaca's own rendering"},
-    {"instruction": "Q", "input": None, "output": "A"},
-    {"messages": [QUESTION, ANSWER]},
-    {"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]},
-    {"conversations": [{"from": "user", "value": "Q"}, {"from": "assistant", "value": "A"}]},
-    {"prompt": "Q", "response": "A", "id": 7, "extra": None},
+    {"messages": None, "question": "Q", "answer": "A"},  # parquet fills what a row lacks with None
+    {"conversations": [{"from": "prompter", "value": "Q"}, {"from": "bot", "value": "A"}]},
+    {"conversation": '["Q", "A"]'},
+    {"prompt": "Q", "response": "A", "id": 7, "source": "web", "extra": None},
+    {"prompt": "Q", "messages": [QUESTION, ANSWER]},  # UltraChat's `prompt` says nothing new
+], ids=str)
+def test_every_known_form_is_the_same_conversation(row, bytes_encoding):
+    """<|user|> Q <|end|> <|assistant|> A <|end|> <|endoftext|>, of which A <|end|> is trained."""
+    assert render(bytes_encoding, messages_of(row)) == (
+        [258, 81, 260, 259, 65, 260, 256], [0, 0, 0, 0, 100, 100, 0])
+
+
+def test_readme_of_the_data_lists_each_form():
+    readme = (ROOT / "data/README.md").read_text()
+    for form in FORMS:
+        assert "`{" + ", ".join(form.columns) + "}`" in readme.replace(r"\|", "|")
+
+
+@pytest.mark.parametrize("row", [
+    {"instruction": "Q", "input": "x", "output": "A"},
+    {"instruction": "Q", "context": "x", "response": "A", "category": "closed_qa"},  # Dolly
 ])
-def test_every_known_form_of_a_row_is_the_same_conversation(row):
-    assert messages_of(row) == [QUESTION, ANSWER]
-
-
-def test_alpaca_input_belongs_to_the_user_message():
-    row = {"instruction": "Q", "input": "x", "output": "A"}
+def test_input_and_context_of_an_instruction_belong_to_the_user_message(row):
     assert messages_of(row) == [QUESTION | {"input": "x"}, ANSWER]
+
+
+@pytest.mark.parametrize("name", ["system", "system_prompt"])
+@pytest.mark.parametrize("row", EXAMPLES, ids=str)
+def test_system_column_beside_any_form_is_the_first_message(row, name):
+    system = {"role": "system", "content": "S"}
+    assert messages_of(row | {name: "S"})[0] == system
+    assert messages_of(row | {name: "S"})[1:] == messages_of(row | {name: ""}) == messages_of(row)
+    twice = {"messages": [system, QUESTION, ANSWER], name: "S"}
+    assert messages_of(twice) == [system, QUESTION, ANSWER]
+    assert messages_of({"messages": [QUESTION | {"role": "developer"}]})[0]["role"] == "system"
+
+
+def test_answers_in_the_prompt_of_a_prompt_completion_row_are_context():
+    row = {"prompt": [QUESTION, ANSWER, QUESTION], "completion": [ANSWER]}
+    assert messages_of(row) == [QUESTION, ANSWER | {"weight": 0}, QUESTION, ANSWER]
+
+
+def test_sharegpt_turn_keeps_its_weight(bytes_encoding):
+    row = {"conversations": [{"from": "human", "value": "Q", "weight": None},
+                             {"from": "gpt", "value": "A", "weight": 0.5}]}
+    assert messages_of(row) == [QUESTION, ANSWER | {"weight": 0.5}]
+    assert render(bytes_encoding, messages_of(row))[1] == [0, 0, 0, 0, 50, 50, 0]
 
 
 def test_text_row_is_its_text():
     assert messages_of({"text": "ab", "id": 7}) == "ab"
-
-
-def test_sharegpt_roles_are_translated_and_unknown_ones_kept_for_the_error_message():
-    turns = [{"from": who, "value": "v"} for who in ("system", "human", "gpt", "tool", ["x"], None)]
-    roles = [message["role"] for message in messages_of({"conversations": turns})]
-    assert roles == ["system", "user", "assistant", "tool", ["x"], None]
 
 
 def test_keys_that_parquet_fills_with_none_mean_the_default(tmp_path, bytes_encoding):
@@ -123,8 +167,222 @@ def test_keys_that_parquet_fills_with_none_mean_the_default(tmp_path, bytes_enco
     rows = [{"messages": [QUESTION, ANSWER | {"weight": 0.5}]}, {"messages": [QUESTION, ANSWER]}]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
     found = [messages_of(row) for _, row in read_rows(str(tmp_path / "a.parquet"))]
-    assert found[1][0] == QUESTION | {"weight": None}
+    assert found[1] == [QUESTION, ANSWER]
     assert [render(bytes_encoding, messages)[1][4] for messages in found] == [50, 100]
+
+
+# ----- rows that are refused by name, with what to do --------------------------------------------
+
+QA = {"question": "Q", "answer": "A"}
+
+
+@pytest.mark.parametrize("row, what, advice", [
+    ({"prompt": "Q", "chosen": "A", "rejected": "B"}, "a preference row", "response=chosen"),
+    ({"text": "Q", "role": "prompter", "lang": "en"}, "OASST: role", "make each path of a tree"),
+    ({"text": "Q", "message_id": "1", "parent_id": None}, "OASST: message_id", "--ignore"),
+    ({"message_tree_id": "1", "prompt": {"text": "Q"}}, "OASST: message_tree_id", "make each path"),
+    (QA | {"image": {"bytes": b"png"}}, "`image` is not text", "--ignore image"),
+    ({"messages": [QUESTION | {"content": [{"type": "text", "text": "a"},
+                                           {"type": "image_url", "image_url": "b"}]}, ANSWER]},
+     "message 0 has a part of type 'image_url'", "leave out such rows"),
+    ({"messages": [QUESTION, ANSWER, {"role": "tool", "content": "4"}]},
+     "message 2 has role 'tool': tool and function turns", "leave out such rows"),
+    ({"conversations": [{"from": "function_call", "value": "f()"}]},
+     "message 0 has role 'function_call'", "leave out such rows"),
+    ({"messages": [QUESTION | {"role": "bob" * 99}, ANSWER]}, "has role 'bobbob", "aliases"),
+    ({"messages": [QUESTION, ANSWER | {"tool_calls": [{"name": "f"}]}]}, "`tool_calls` holds text",
+     "--ignore tool_calls"),
+    ({"messages": [QUESTION, ANSWER | {"reasoning_content": "So"}]}, "`reasoning_content` holds",
+     "--ignore reasoning_content"),
+    ({"messages": [QUESTION, ANSWER | {"thinking": "So"}]}, "`thinking` holds", "--ignore"),
+    *((QA | {name: "x\x07" * 99}, f"`{name}` holds text that would be lost: 'x\\x07",
+       f"--columns input={name}") for name in ("context", "input", "cot", "rationale", "documents",
+                                              "reasoning", "thinking", "tools", "solution")),
+    (QA | {"history": [["a", "b"]]}, "`history` holds text", "--ignore history"),
+    ({"text": "x", "system": "S"}, "`system` holds text", "--ignore system"),
+    ({"text": "x", "prompt": "Q"}, "`prompt` holds text", "--ignore prompt"),
+    ({"messages": [{"role": "system", "content": "S"}, QUESTION, ANSWER], "system": "other"},
+     "`system` holds text that would be lost: 'other'", "--ignore system"),
+    (QA | {"system": "S", "system_prompt": "T"}, "`system_prompt` holds text", "--ignore"),
+])
+def test_row_that_is_not_a_chat_or_would_lose_text_is_refused_by_name(row, what, advice):
+    with pytest.raises(UserError) as error:
+        messages_of(row)
+    message = str(error.value)
+    assert what in message and advice in message
+    assert len(message) <= 300 and message.isprintable()
+
+
+def test_ignore_accepts_the_loss_of_a_column_or_of_a_key_and_the_report_lists_it():
+    counts = Counts()
+    reading = Reading(ignore=("cot", "thinking", "rejected"))
+    row = QA | {"cot": "So", "note": "n", "id": 7}
+    assert messages_of(row, reading, counts) == [QUESTION, ANSWER]
+    row = {"messages": [QUESTION, ANSWER | {"thinking": "So"}], "cot": ""}
+    assert messages_of(row, reading, counts) == [QUESTION, ANSWER]
+    assert counts == {("unused", "cot"): 1, ("unused", "note"): 1, ("unused", "id"): 0,
+                      ("unused", "message key thinking"): 1}
+
+
+@pytest.mark.parametrize("columns, row, expected", [
+    ("prompt=q,response=a", {"q": "Q", "a": "A"}, [QUESTION, ANSWER]),
+    ("prompt=q,response=a,system=s,input=c", {"q": "Q", "a": "A", "s": "S", "c": "x"},
+     [{"role": "system", "content": "S"}, QUESTION | {"input": "x"}, ANSWER]),
+    ("input=context", QA | {"context": "x"}, [QUESTION | {"input": "x"}, ANSWER]),
+    ("input=input", QA | {"input": "x"}, [QUESTION | {"input": "x"}, ANSWER]),
+    ("input=c", QA | {"c": None}, [QUESTION, ANSWER]),
+    ("response=solution", {"problem": "Q", "solution": "A"}, [QUESTION, ANSWER]),
+    ("messages=chat", {"chat": [QUESTION, ANSWER], "question": None}, [QUESTION, ANSWER]),
+    ("text=body", {"body": "x"}, "x"),
+    ("prompt=q,response=a", {"q": "Q", "a": "A", "prompt": "Q"}, [QUESTION, ANSWER]),
+])
+def test_columns_says_which_column_is_what(columns, row, expected):
+    assert messages_of(row, Reading(columns=columns)) == expected
+
+
+@pytest.mark.parametrize("columns, row, message", [
+    ("prompt=b", {"q": "Q", "a": "A"}, "--columns prompt=b: no such column; there are ['a', 'q']"),
+    ("answr=a", QA, "--columns 'answr'=…: no form has this column"),
+    ("answer", QA, "--columns 'answer': expected NAME=VALUE"),
+    ("prompt=q,response=a", {"q": "Q", "a": "A", "prompt": "own"}, "`prompt` holds text"),
+    ("input=context", {"messages": [QUESTION, ANSWER], "context": "x"}, "unknown form with keys"),
+    ("input=c", {"prompt": [QUESTION], "completion": [ANSWER], "c": "x"}, "`prompt` is [{'role"),
+    ("response=answer", {"problem": "Q", "solution": "long", "answer": "A"}, "`solution` holds"),
+])
+def test_columns_that_cannot_be_used_are_named(columns, row, message):
+    with pytest.raises(UserError) as error:
+        messages_of(row, Reading(columns=columns))
+    assert message in str(error.value)
+
+
+def test_better_answer_of_a_preference_row_can_be_trained():
+    reading = Reading(columns="response=chosen", ignore=("rejected",))
+    row = {"prompt": "Q", "chosen": "A", "rejected": "B"}
+    assert messages_of(row, reading) == [QUESTION, ANSWER]
+
+
+def test_repair_merges_neighbors_of_one_role_and_drops_unanswered_ends():
+    def turns(*pairs):
+        return [{"role": role, "content": content} for role, content in pairs]
+
+    row = turns(("system", "s"), ("assistant", "hi"), ("user", "a"), ("user", "b"),
+                ("assistant", "c"), ("user", "d"))
+    counts = Counts()
+    assert messages_of({"messages": row}, Reading(repair=True), counts) == turns(
+        ("system", "s"), ("user", "a\n\nb"), ("assistant", "c"))
+    assert counts == {("repaired", "turns merged"): 1, ("repaired", "leading answers dropped"): 1,
+                      ("repaired", "trailing questions dropped"): 1}
+    assert messages_of({"messages": row}) == row  # without --repair nothing is touched
+    inputs = [QUESTION | {"input": "x"}, QUESTION | {"input": "y"}, ANSWER]
+    assert messages_of({"messages": inputs}, Reading(repair=True)) == [
+        {"role": "user", "content": "Q\n\nx\n\nQ", "input": "y"}, ANSWER]
+    weights = [QUESTION, ANSWER | {"weight": 0}, ANSWER]  # cannot be one answer of one weight
+    assert messages_of({"messages": weights}, Reading(repair=True)) == weights
+
+
+def test_rows_are_rejected_for_few_reasons_however_their_values_differ():
+    """Else a report of a large data set would hold one reason a row."""
+    reasons = set()
+    for value in ("x" * 200, "it's", 'a "b"', "['", "7", "\n; "):
+        with pytest.raises(UserError) as error:
+            messages_of(QA | {"context": value})
+        reasons.add(reason_of(str(error.value)))
+    assert reasons == {"`context` holds text that would be lost: …"}
+
+
+# ----- sources -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("source, parts", [
+    ("openai/gsm8k", ("openai/gsm8k", None, "train", 1)),
+    ("openai/gsm8k:main", ("openai/gsm8k", "main", "train", 1)),
+    ("openai/gsm8k:main:test", ("openai/gsm8k", "main", "test", 1)),
+    ("HuggingFaceH4/ultrachat_200k::train_sft*2",
+     ("HuggingFaceH4/ultrachat_200k", None, "train_sft", 2)),
+    ("a.jsonl*4", ("a.jsonl", None, "train", 4)),
+])
+def test_source_has_a_name_a_configuration_a_split_and_repeats(source, parts):
+    assert parse_source(source) == parts
+    assert parse_source(source, "de").config == parts[1] or "de"
+
+
+def test_path_that_exists_wins_over_the_grammar(jsonl, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a:b.jsonl", "a.jsonl*2", "a.jsonl"):
+        jsonl(name, [{"text": name}])
+    assert [row["text"] for _, row in read_rows("a:b.jsonl")] == ["a:b.jsonl"]
+    assert [row["text"] for _, row in read_rows("a.jsonl*3")] == ["a.jsonl"] * 3
+    assert parse_source("a.jsonl*2").name == "a.jsonl*2"
+
+
+@pytest.fixture
+def folder(tmp_path) -> str:
+    """A data set as the hub stores it, in a local folder: two splits."""
+    (tmp_path / "set").mkdir()
+    for split, n in (("train", 3), ("test", 2)):
+        rows = [QA | {"question": f"{split} {i}", "ok": i != 1} for i in range(n)]
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows),
+                                    tmp_path / "set" / f"{split}-00000-of-00001.parquet")
+    return str(tmp_path / "set")
+
+
+def test_folder_is_streamed_as_a_hub_dataset_is(folder):
+    """The real datasets.load_dataset(…, streaming=True), without the network."""
+    found = list(read_rows(f"{folder}::test*2"))
+    assert [row["question"] for _, row in found] == ["test 0", "test 1"] * 2
+    assert found[0][0] == f"{folder}::test row 1"
+    assert len(list(read_rows(folder))) == 3  # train unless another split is named
+
+
+@pytest.mark.parametrize("suffix, message", [
+    ("::dev", "Bad split: dev. Available splits: ['train', 'test']"),
+    (":de", "BuilderConfig 'de' not found. Available: ['default']"),
+    ("*0", "*0 must be *1 or more"),
+    ("::test*x", "*x must be *1 or more"),
+    (":a:b:c", "expected ID[:CONFIG[:SPLIT]]"),
+])
+def test_source_that_cannot_be_read_says_what_there_is(folder, suffix, message):
+    with pytest.raises(UserError) as error:
+        list(read_rows(folder + suffix))
+    assert message in str(error.value)
+
+
+def test_gated_dataset_says_how_to_get_access(monkeypatch):
+    def load_dataset(*args, **options):
+        raise ValueError("Dataset 'me/mine' is a gated dataset on the Hub. Ask for access.")
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    with pytest.raises(UserError, match=r"me/mine: a gated dataset .* then `hf auth login`"):
+        list(read_rows("me/mine"))
+
+
+def test_file_has_no_split(jsonl):
+    with pytest.raises(UserError, match="a file has neither"):
+        list(read_rows(jsonl("a.jsonl", [QA]) + "::test"))
+
+
+def test_where_keeps_the_rows_with_a_value_and_counts_the_others(folder, jsonl):
+    counts = Counts()
+    reading = Reading(where=("ok=true",))
+    rows = list(read_sources([f"{folder}*2", f"{folder}::test"], reading, counts))
+    assert [row["question"][-1] for _, row in rows] == ["0", "2", "0", "2", "0"]
+    assert counts["where", "left out by --where"] == 3
+    source = jsonl("a.jsonl", [{"a": "x=y", "n": 1}, {"a": "x=y", "n": 1.5}, {"a": "z", "n": None}])
+    for where, n in ((("a=x=y",), 2), (("a=x=y", "n=1"), 1), (("n=1.5",), 1), (("n=null",), 1)):
+        assert len(list(read_sources([source], Reading(where=where), Counts()))) == n
+    with pytest.raises(UserError, match=r"--where b=1 leaves none .* has 'b=null' .*\['a', 'n'"):
+        list(read_sources([source], Reading(where=("b=1",)), Counts()))
+
+
+def test_same_rows_for_training_and_validation_are_refused(jsonl, folder, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    jsonl("a.jsonl", [QA])
+    (tmp_path / "link.jsonl").symlink_to("a.jsonl")
+    for train, val in (("a.jsonl", "./a.jsonl"), ("a.jsonl*2", "link.jsonl"), (folder, "set*3"),
+                       ("me/mine:de", "me/mine:de:train")):
+        with pytest.raises(UserError, match=r"--val_source .* is --source .*: the model would be"):
+            check_apart([train], [val], None)
+    check_apart([folder, "me/mine"], [f"{folder}::test", "me/mine:de", "b.jsonl"], None)
 
 
 # ----- the validation split ----------------------------------------------------------------------

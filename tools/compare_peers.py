@@ -40,8 +40,9 @@ from model import GPT, GPTConfig
 from nanosft import fast
 from nanosft.checkpoint import peak_memory_gb
 from nanosft.cli import UserError, run_cli
+from nanosft.forms import messages_of
 from nanosft.shards import Shards, ShardWriter, find_examples, read_meta, write_meta
-from nanosft.sources import messages_of, read_rows
+from nanosft.sources import read_rows
 from packing import Plan
 from tokenizer import END_OF_TEXT, SPECIALS, get_encoding
 from tools import bench

@@ -1,0 +1,309 @@
+"""The known forms of a chat row, as messages: no text of a row is dropped silently."""
+
+import collections
+import dataclasses
+import functools
+import json
+from collections.abc import Callable
+from typing import Annotated, NamedTuple
+
+import tyro
+
+from nanosft.cli import UserError
+
+Counts = collections.Counter  # of what a report names: ("unused", "id"): 7
+
+
+@dataclasses.dataclass(kw_only=True)
+class Reading:
+    """Which rows and columns are used: flags of each command that reads chat rows."""
+
+    subset: str | None = None
+    """the hub dataset's configuration; ID:CONFIG:SPLIT names it for each source"""
+    columns: str = ""
+    """which column is what, as prompt=q,response=a,system=s,input=c; default: by their names"""
+    ignore: tuple[str, ...] = ()
+    """columns, and keys of messages, whose text is left out"""
+    where: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """keep only the rows with this value, as correct=true; may be repeated"""
+    repair: bool = False
+    """merge neighboring turns of one role; drop a leading answer and a trailing question"""
+
+    @functools.cached_property
+    def mapping(self) -> dict[str, str]:
+        """{name in a form: the user's column} of --columns."""
+        pairs = dict(split_pair("--columns", item) for item in self.columns.split(",") if item)
+        for name in pairs.keys() - COLUMN_NAMES:
+            raise UserError(f"--columns {show(name)}=…: no form has this column; choose from "
+                            f"{', '.join(sorted(COLUMN_NAMES))}")
+        return pairs
+
+
+BY_NAME = Reading()
+
+
+def split_pair(flag: str, item: str) -> tuple[str, str]:
+    name, equals, value = item.partition("=")
+    if not (name and equals):
+        raise UserError(f"{flag} {show(item)}: expected NAME=VALUE")
+    return name.strip(), value
+
+
+def show(value) -> str:
+    """A value of a row for an error: at most 80 characters, control characters escaped."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:79] + "…"
+
+
+# ----- a row of a dataset as messages ------------------------------------------------------------
+
+
+def read_chat(names: list[str], values: list, left: dict) -> list[dict]:
+    return read_turns(names[0], values[0], left)
+
+
+def read_pair(names: list[str], values: list, left: dict) -> list[dict]:
+    """A prompt, a response and perhaps an input; or two lists of messages (TRL's form)."""
+    if isinstance(values[0], list) and isinstance(values[1], list) and not any(values[2:]):
+        prompt, response = (read_turns(*pair, left) for pair in zip(names[:2], values))
+        kept = [{"weight": 0} | turn if turn["role"] == "assistant" else turn for turn in prompt]
+        return kept + response  # an answer in the prompt is context
+    for name, value in zip(names, values):
+        if not isinstance(value, str):
+            raise UserError(f"`{name}` is {show(value)}, not a string")
+    extra = {"input": values[2]} if values[2:] and values[2] else {}
+    return [{"role": "user", "content": values[0]} | extra,
+            {"role": "assistant", "content": values[1]}]
+
+
+def read_text(names: list[str], values: list, left: dict) -> str:
+    if not isinstance(values[0], str) or not values[0]:
+        raise UserError(f"`text` is {show(values[0]) if values[0] else 'empty'}, not a string")
+    return values[0]
+
+
+class Form(NamedTuple):
+    """`a|b`: either name. The third column of a form is optional. Earlier forms win."""
+
+    columns: tuple[str, ...]
+    read: Callable
+    examples: tuple[dict, ...]
+
+
+USER, ASSISTANT = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
+FORMS = (
+    Form(("messages",), read_chat, (
+        {"messages": [USER, ASSISTANT]},
+        {"messages": '[{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]'},
+        {"messages": [{"role": "human", "content": [{"type": "text", "text": "Q"}]}, ASSISTANT]})),
+    Form(("conversations|conversation",), read_chat, (
+        {"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]},
+        {"conversation": [USER, ASSISTANT | {"weight": 1}]},
+        {"conversations": ["Q", "A"]})),
+    Form(("prompt", "response|completion"), read_pair, (
+        {"prompt": "Q", "response": "A"},
+        {"prompt": [USER], "completion": [ASSISTANT]})),
+    Form(("question|query|problem", "answer|response|solution"), read_pair, (
+        {"question": "Q", "answer": "A"},
+        {"problem": "Q", "solution": "A"})),
+    Form(("instruction", "output|response", "input|context"), read_pair, (
+        {"instruction": "Q", "input": "", "output": "A", "text": "Alpaca's own rendering"},
+        {"instruction": "Q", "context": None, "response": "A"})),
+    Form(("text",), read_text, ({"text": "plain text"},)),
+)
+SYSTEM_NAMES = ("system", "system_prompt")  # beside any form but {text}
+COLUMN_NAMES = {name for form in FORMS for slot in form.columns for name in slot.split("|")}
+COLUMN_NAMES |= set(SYSTEM_NAMES)
+ROLES = {"developer": "system", "human": "user", "prompter": "user", "input": "user"}
+ROLES |= dict.fromkeys(("gpt", "model", "bot", "output", "chatgpt"), "assistant")
+ROLES |= {role: role for role in ("system", "user", "assistant")}
+TOOL_ROLES = {"tool", "tools", "function", "function_call", "function_response", "tool_call",
+              "tool_response", "observation", "ipython"}
+# Text here usually belongs to the prompt or the answer, so a row that would lose it is refused.
+# `text` is not among them: Alpaca's is a rendering of the same row.
+TEXT_NAMES = COLUMN_NAMES - {"text"} | {
+    "content", "value", "history", "documents", "tools", "tool_calls", "function_call", "cot",
+    "rationale", "reasoning", "reasoning_content", "thinking", "chain_of_thought"}
+MEDIA = ("image", "images", "audio", "video", "videos")
+TREE_NAMES = {"role", "parent_id", "message_id", "message_tree_id"}
+
+
+def messages_of(row: dict, reading: Reading = BY_NAME, counts: Counts | None = None,
+                ) -> list[dict] | str:
+    """A row of any known form as messages, or the string of a `{text}` row. None means absent.
+
+    >>> messages_of({"question": "2+2?", "answer": "4"})
+    [{'role': 'user', 'content': '2+2?'}, {'role': 'assistant', 'content': '4'}]
+    """
+    if not isinstance(row, dict):
+        raise UserError(f"expected an object, not a {type(row).__name__}")
+    counts = Counts() if counts is None else counts
+    columns, left = map_columns(row, reading)
+    form, names = find_form(frozenset(columns), frozenset(reading.mapping))
+    refuse_by_name(columns, form)
+    if form is None:
+        raise UserError(f"unknown form with keys {show(sorted(row))}, not null: "
+                        f"{show(sorted(columns))}; see the forms in data/README.md, or say which "
+                        "is which: --columns prompt=…,response=…")
+    messages = form.read(names, [columns.pop(name) for name in names], left)
+    if isinstance(messages, list):
+        messages = with_system(messages, columns)
+    check_unused(left | columns, messages, reading, counts)
+    return repaired(messages, counts) if reading.repair and form.read != read_text else messages
+
+
+def map_columns(row: dict, reading: Reading) -> tuple[dict, dict]:
+    """(the columns by their names in a form, those that are not to be used); none is None."""
+    for name, column in reading.mapping.items():
+        if column not in row:
+            raise UserError(f"--columns {name}={column}: no such column; there are "
+                            f"{show(sorted(row))}")
+    mapped = {name: row[column] for name, column in reading.mapping.items()}
+    used = {*reading.mapping.values(), *reading.ignore}
+    columns = {name: value for name, value in row.items() if name not in used | mapped.keys()}
+    left = {name: row[name] for name in row if name in reading.ignore or name in mapped}
+    left = {name: value for name, value in left.items() if name not in reading.mapping.values()}
+    return tuple({name: value for name, value in part.items() if value is not None}
+                 for part in (columns | mapped, left))
+
+
+@functools.lru_cache(maxsize=1024)
+def find_form(columns: frozenset, mapped: frozenset) -> tuple[Form | None, list[str]]:
+    """The first form whose columns are there, and their names; it uses all that --columns names."""
+    for form in FORMS:
+        slots = [slot.split("|") for slot in form.columns]
+        if form.read is read_pair and len(slots) == 2 and "input" in mapped:
+            slots.append(["input"])
+        # of two names for one slot, that of --columns wins
+        names = [next((name for name in sorted(slot, key=lambda name: name not in mapped)
+                       if name in columns), None) for slot in slots]
+        named = {*names, *(() if form.read is read_text else SYSTEM_NAMES)}
+        if None not in names[:2] and not (mapped & columns) - named:
+            return form, [name for name in names if name]
+    return None, []
+
+
+def refuse_by_name(columns: dict, form: Form | None) -> None:
+    """UserError for rows that hold something else than chats, with what to do instead."""
+    if "chosen" in columns and "rejected" in columns:
+        raise UserError("a preference row (`chosen`, `rejected`); to train on the better answer, "
+                        "pass --columns response=chosen, or messages=chosen for whole chats, and "
+                        "--ignore rejected")
+    for name in MEDIA:
+        if name in columns and columns[name] not in ("", []):
+            raise UserError(f"`{name}` is not text, and the model reads only text; leave out such "
+                            f"rows, or only the column: --ignore {name}")
+    tree = sorted(columns.keys() & TREE_NAMES)
+    if tree and (form is None or form.read is read_text):
+        raise UserError(f"one message of a tree (OASST: {', '.join(tree)}), not a chat; make each "
+                        "path of a tree one {messages} row, or --ignore these columns")
+
+
+def read_turns(column: str, turns, left: dict) -> list[dict]:
+    """A list of messages, of strings (user and assistant in turn), or either as a JSON string.
+
+    Keys that are not used go to `left`, with the values of all turns.
+    """
+    if isinstance(turns, str):
+        try:
+            turns = json.loads(turns)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"`{column}` is a string, but not JSON: {show(turns)}") from error
+    kinds = {type(turn) for turn in turns} if isinstance(turns, list) else {None}
+    if len(kinds) > 1 or not kinds <= {dict, str}:
+        raise UserError(f"`{column}` must be a list of {{role, content}}, of {{from, value}} or of "
+                        f"strings, not {show(turns)}")
+    if kinds == {str}:
+        return [{"role": ("user", "assistant")[i % 2], "content": turn}
+                for i, turn in enumerate(turns)]
+    return [read_turn(i, turn, left) for i, turn in enumerate(turns)]
+
+
+def read_turn(i: int, turn: dict, left: dict) -> dict:
+    turn = {key: value for key, value in turn.items() if value is not None}
+    role = turn.pop("role" if "role" in turn else "from", None)
+    if not isinstance(role, str) or role not in ROLES:
+        if isinstance(role, str) and role in TOOL_ROLES:
+            raise UserError(f"message {i} has role {role!r}: tool and function turns are not "
+                            "supported; leave out such rows")
+        raise UserError(f"message {i} has role {show(role)}; the known roles are system, user, "
+                        "assistant and their aliases in data/README.md; leave out such rows")
+    content = turn.pop("content" if "content" in turn else "value", None)
+    if isinstance(content, list):
+        content = "".join(read_part(i, part) for part in content)
+    message = {"role": ROLES[role], "content": content}
+    message |= {key: turn.pop(key) for key in ("input", "weight") if key in turn}
+    if not isinstance(message.get("weight", 1), int | float):
+        raise UserError(f"weight {show(message['weight'])} is not a number from 0 to 1")
+    for key, value in turn.items():
+        left.setdefault(f"message key {key}", []).append(value)
+    return message
+
+
+def read_part(i: int, part) -> str:
+    """The text of {"type": "text", "text": …}."""
+    found = {k: v for k, v in part.items() if v is not None} if isinstance(part, dict) else {}
+    if found.keys() - {"type", "text"} or not isinstance(found.get("text"), str):
+        kind = found.get("type", part)
+        raise UserError(f"message {i} has a part of type {show(kind)}; the model reads only text "
+                        '({"type": "text", "text": …}); leave out such rows')
+    return found["text"]
+
+
+def with_system(messages: list[dict], columns: dict) -> list[dict]:
+    """The messages after the text of a `system` column, which is taken from `columns`."""
+    name = next((name for name in SYSTEM_NAMES if columns.get(name)), None)
+    if name is None:
+        return messages
+    if not isinstance(columns[name], str):
+        raise UserError(f"`{name}` is {show(columns[name])}, not a string")
+    system = {"role": "system", "content": columns[name]}
+    if messages and messages[0]["role"] == "system":
+        if messages[0]["content"] != columns[name]:
+            return messages  # two different ones: `check_unused` names the column
+        messages = messages[1:]
+    del columns[name]
+    return [system, *messages]
+
+
+def check_unused(left: dict, messages: list[dict] | str, reading: Reading, counts: Counts) -> None:
+    """Count what is not used, and refuse a row whose prompt or answer would lose text."""
+    for name, value in left.items():
+        counts["unused", name] += holds_text(value)
+        key = name.removeprefix("message key ")
+        if key not in TEXT_NAMES or key in reading.ignore or not holds_text(value):
+            continue
+        if isinstance(messages, list) and value in [turn["content"] for turn in messages]:
+            continue  # UltraChat's `prompt` repeats the first message
+        use = "" if key != name else f"say what it is, as --columns input={key} (or prompt, " \
+                                     "response, system), or "
+        raise UserError(f"`{key}` holds text that would be lost: {show(value)}; {use}leave it out "
+                        f"with --ignore {key}")
+
+
+def holds_text(value) -> bool:
+    if isinstance(value, dict | list | tuple):
+        return any(map(holds_text, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, str) and value.strip() not in ("", "[]", "{}", "null")
+
+
+def repaired(messages: list[dict], counts: Counts) -> list[dict]:
+    """--repair: [user a, user b, assistant c, user d] becomes [user "a\\n\\nb", assistant c]."""
+    merged = []
+    for turn in messages:
+        last = merged[-1] if merged else {}
+        parts = [last.get("content"), last.get("input"), turn["content"]]
+        if (last.get("role") == turn["role"] and last.get("weight") == turn.get("weight")
+                and isinstance(turn["content"], str)):
+            merged[-1] = turn | {"content": "\n\n".join(part for part in parts if part)}
+            counts["repaired", "turns merged"] += 1
+        else:
+            merged.append(turn)
+    start = int(bool(merged) and merged[0]["role"] == "system")
+    if merged[start:] and merged[start]["role"] == "assistant":
+        del merged[start]
+        counts["repaired", "leading answers dropped"] += 1
+    if merged[start:] and merged[-1]["role"] == "user":
+        merged.pop()
+        counts["repaired", "trailing questions dropped"] += 1
+    return merged
