@@ -32,6 +32,7 @@ from tqdm import tqdm
 from model import GPT, IGNORE_INDEX, GPTConfig
 from nanosft import checkpoint
 from nanosft.cli import UserError, run_cli
+from nanosft.hf_tokenizer import save_model
 from nanosft.shards import Shards, read_meta
 from nanosft.weights import newest_checkpoint, pad_vocab
 from tokenizer import get_encoding
@@ -82,6 +83,8 @@ class Config:
     """keep only this many of the latest checkpoints; 0: all"""
     log_every: int = 10
     """steps between printed lines (metrics.jsonl has every step)"""
+    wandb: str | None = None
+    """also log to this project of Weights & Biases (pip install wandb)"""
     device: str = "auto"
     """auto, cuda, mps or cpu"""
     compile: bool = False
@@ -375,15 +378,18 @@ def new_or_resumed(config: Config, ranks: Ranks, meta: dict, run: dict) -> tuple
 
 
 def save_checkpoint(out: str, step: int, model: GPT, optimizer: torch.optim.Optimizer, run: dict,
-                    keep: int = 0, **settings) -> Path:
+                    keep: int = 0, card: str = "", **settings) -> Path:
     """OUT/step_000500: a Hugging Face folder plus training_state.pt; complete or not at all.
 
-    settings: extra keys of config.json. keep: how many checkpoints to leave in OUT; 0: all.
+    keep: how many checkpoints to leave in OUT; 0: all. card: the text of README.md. settings:
+    `encoding` and `template`, if any, and extra keys of config.json.
     """
     state = {"version": checkpoint.VERSION, "step": step, "optimizer": optimizer.state_dict(),
              "run": run}
     with checkpoint.new_checkpoint(out, step, keep) as folder:
-        model.save_pretrained(folder, **settings)
+        save_model(folder, model, **settings)  # weights, config and tokenizer
+        if card:
+            (folder / "README.md").write_text(card, encoding="utf-8")
         torch.save(state, folder / "training_state.pt")
     return newest_checkpoint(out)
 
@@ -446,7 +452,7 @@ def train(config: Config, open_rows: Callable, forward: Callable, judge: Callabl
     # --- 4. train ---
     ranks.print(f"start  {checkpoint.format_metrics(assess())}")
     log = checkpoint.Metrics(config, run, done, n_steps) if ranks.is_main else None
-    # chat.py reads these two in a checkpoint's config.json
+    # a checkpoint's tokenizer; chat.py reads these two in its config.json
     names = {key: rows.meta[key] for key in ("encoding", "template") if key in rows.meta}
     micro_batches = load_steps(rows, config, ranks, done)
     clock = time.perf_counter()
@@ -466,8 +472,11 @@ def train(config: Config, open_rows: Callable, forward: Callable, judge: Callabl
         if log:
             log.write(metrics)
         if log and is_due(step, config.save_every, n_steps):
-            save_checkpoint(config.out, step, gpt, optimizer, run, config.keep, **names)
+            card = checkpoint.model_card(run, rows.meta, metrics)
+            save_checkpoint(config.out, step, gpt, optimizer, run, config.keep, card, **names)
 
+    if log:
+        log.close()
     memory = checkpoint.peak_memory_gb(ranks.device)
     ranks.print(f"done: {newest_checkpoint(config.out)} (peak memory of rank 0: {memory:.2f} GB)")
     ranks.print(f"next: python chat.py --model {config.out}")

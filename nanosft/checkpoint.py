@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import importlib.metadata
+import importlib.util
 import json
 import math
 import os
@@ -70,12 +71,69 @@ def read_state(folder: Path) -> dict:
     return state
 
 
+CARD = """\
+---
+library_name: transformers
+pipeline_tag: text-generation
+---
+# {name}, step {step} of {steps}
+
+A GPT-2 made with nanosft, in Hugging Face's format.
+
+## Data
+
+{data}
+
+## Result
+
+{results}
+
+Losses are in nats per trained token, accuracies and rates from 0 to 1.
+
+## Command
+
+    {command}
+
+All flags:
+
+{flags}
+
+## What it is not good for
+
+Anything where a wrong answer matters. It states falsehoods fluently, it had no safety training, and
+it was trained on rows of {block_size} tokens. It is meant for learning and for experiments.
+
+nanosft keeps a typed `<|end|>` as text. Other programs turn such characters into the token, which
+lets a user forge the end of a turn; in recent transformers,
+`apply_chat_template(..., sanitize_control_tokens=True)` prevents it.
+"""
+
+
+def model_card(run: dict, meta: dict, row: dict) -> str:
+    """README.md of a checkpoint. meta: of the data; row: the metrics of the checkpoint's step."""
+    data = [f"From {json.dumps(meta['source'])}, encoding {meta['encoding']}, template "
+            f"{meta.get('template')}."]
+    for split, entry in meta["splits"].items():
+        counts = [f"{value:,} {key.replace('_', ' ')}" for key, value in entry.items()
+                  if key != "shards" and isinstance(value, int)]
+        shards = [f"    {shard['sha256']}  {shard['file']}" for shard in entry["files"]]
+        data.append(f"{split}: {', '.join(counts)}; sha256:\n\n" + "\n".join(shards))
+    results = {key: value for key, value in row.items() if key == "loss" or key.startswith("val_")}
+    flags = {key: value for key, value in run.items() if key != "data_sha256"}
+    return CARD.format(
+        name=Path(run["out"]).name, step=row["step"], steps=run["steps"], data="\n\n".join(data),
+        results=format_metrics(results), command=shlex.join(sys.argv),
+        flags="\n".join(f"    {key}: {value}" for key, value in flags.items()),
+        block_size=run["block_size"])
+
+
 # ----- what a run is, and what it must satisfy ---------------------------------------------------
 
 # Flags that do not change what a run computes, so a resumed run may change them; for --epochs and
 # --max_steps, only the resulting number of steps matters.
 MAY_CHANGE = {"data", "out", "resume", "epochs", "max_steps", "batch_size", "eval_every",
-              "eval_tokens", "eval_prompts", "save_every", "keep", "log_every", "device", "compile"}
+              "eval_tokens", "eval_prompts", "save_every", "keep", "log_every", "wandb", "device",
+              "compile"}
 
 
 def describe_run(config, meta: dict, n_steps: int) -> dict:
@@ -110,6 +168,8 @@ def check_flags(config, world_size: int) -> None:
         if config.init != "scratch" and getattr(config, name) is not None:
             raise UserError(f"--{name} {getattr(config, name)} is only for --init scratch; --init "
                             f"{config.init} has its own size")
+    if config.wandb and importlib.util.find_spec("wandb") is None:
+        raise UserError(f"--wandb {config.wandb} needs a package; run `pip install wandb`")
     at_once = config.batch_size * world_size
     if config.rows_per_step % at_once:
         raise UserError(f"--rows_per_step {config.rows_per_step} is not a multiple of --batch_size "
@@ -118,7 +178,7 @@ def check_flags(config, world_size: int) -> None:
     if not config.resume:
         check_empty(config.out, "continue the run with --resume or choose another folder")
     elif not checkpoints(config.out):  # killed before its first checkpoint, or no run at all
-        ours = ("metrics.*", "run.*", "tmp_step_*")
+        ours = ("metrics.*", "run.*", "tmp_step_*", "wandb")
         for path in Path(config.out).glob("*"):
             if not any(path.match(pattern) for pattern in ours):
                 raise UserError(f"--resume: {config.out} holds {path.name} and no checkpoint; "
@@ -147,7 +207,8 @@ class Metrics:
 
     def __init__(self, config, run: dict, steps_done: int, n_steps: int):
         self.out, self.run, self.steps_done, self.n_steps = config.out, run, steps_done, n_steps
-        self.log_every, self.file = config.log_every, None
+        self.log_every, self.project = config.log_every, config.wandb
+        self.file = self.wandb = None
 
     def open(self) -> None:
         """Write run.json, and open the file, truncated after the step that a run resumes from.
@@ -163,11 +224,18 @@ class Metrics:
         tmp.write_text("".join(kept))
         tmp.rename(path)
         self.file = path.open("a", buffering=1)  # line-buffered: each step is written at once
+        if self.project:
+            import wandb
+
+            name = Path(self.out).resolve().name
+            self.wandb = wandb.init(project=self.project, name=name, dir=self.out, config=self.run)
 
     def write(self, row: dict) -> None:
         if self.file is None:
             self.open()
         self.file.write(json.dumps(row) + "\n")
+        if self.wandb:
+            self.wandb.log(row, step=row["step"])
         step, ends = row["step"], (self.steps_done + 1, self.n_steps)
         if step in ends or step % self.log_every == 0 or "val_loss" in row:
             line = (f"step {step:>6}/{self.n_steps}  loss {row['loss']:.4f}  lr {row['lr']:.2e}  "
@@ -175,6 +243,11 @@ class Metrics:
             results = {key: value for key, value in row.items() if key.startswith("val_")}
             tqdm.write((line + format_metrics(results)).rstrip())
             sys.stdout.flush()
+
+    def close(self) -> None:
+        self.file.close()
+        if self.wandb:
+            self.wandb.finish()
 
 
 def format_metrics(results: dict[str, float]) -> str:

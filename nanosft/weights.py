@@ -22,7 +22,9 @@ REQUIRED = {
     "model_type": ("gpt2",),
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
     "layer_norm_epsilon": (1e-5,),
+    "scale_attn_weights": (True,),
     "scale_attn_by_inverse_layer_idx": (False,),
+    "add_cross_attention": (False,),
     "tie_word_embeddings": (True,),
 }
 
@@ -109,7 +111,7 @@ def read_tensors(folder: Path, like: dict[str, Tensor]) -> dict[str, Tensor]:
             raise UserError(f"{path}: not a complete safetensors file ({error})") from error
     if not found:
         raise UserError(f"{folder}: no *.safetensors file; save the model as safetensors")
-    # some GPT-2s on the hub lack the prefix
+    # transformers writes the prefix; GPT-2 itself on the hub and nanosft do not
     found = {name.removeprefix("transformer."): tensor.float() for name, tensor in found.items()}
     state = {}
     for name, want in like.items():
@@ -138,9 +140,10 @@ def write_model(folder: str | Path, state: dict[str, Tensor], sizes: dict, **set
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.T if is_transposed(name) else tensor for name, tensor in state.items()}
+    tensors = {name.removeprefix("transformer."): tensor.T if is_transposed(name) else tensor
+               for name, tensor in state.items()}
     del tensors["lm_head.weight"]  # tied to wte
-    tensors["transformer.wte.weight"] = tensors["transformer.wte.weight"][: sizes["n_vocab"]]
+    tensors["wte.weight"] = tensors["wte.weight"][: sizes["n_vocab"]]
     tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     settings = {
@@ -151,6 +154,8 @@ def write_model(folder: str | Path, state: dict[str, Tensor], sizes: dict, **set
         "tie_word_embeddings": True,
         "vocab_size": sizes["n_vocab"],  # the file has no rows for padding ids
         "n_positions": sizes["block_size"],
+        "n_ctx": sizes["block_size"],  # the name that llama.cpp and MLX read
+        "torch_dtype": str(tensors["wte.weight"].dtype).removeprefix("torch."),
         **{key: sizes[key] for key in SIZES},
         **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
         **dict.fromkeys(("bos_token_id", "eos_token_id")),

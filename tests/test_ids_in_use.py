@@ -84,7 +84,7 @@ def test_padding_rows_never_influence_a_run(tmp_path, monkeypatch):
 def test_files_hold_the_ids_in_use_and_nothing_else(tmp_path):
     model = tiny_model(n_vocab=261)
     model.save_pretrained(tmp_path)
-    assert load_file(tmp_path / "model.safetensors")["transformer.wte.weight"].shape == (261, 32)
+    assert load_file(tmp_path / "model.safetensors")["wte.weight"].shape == (261, 32)
     assert read_config(tmp_path)["vocab_size"] == 261
 
     loaded = GPT.from_pretrained(str(tmp_path))

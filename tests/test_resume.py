@@ -321,8 +321,11 @@ def test_checkpoint_is_flushed_before_it_is_renamed(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", note)
     model = tiny_model(n_layer=1)
     optimizer = make_optimizer(model, train_gpt2.Config("", ""))
-    assert save_checkpoint(str(tmp_path), 1, model, optimizer, {}) == tmp_path / "step_000001"
-    files = ["config.json", "model.safetensors", "training_state.pt"]
+    saved = save_checkpoint(str(tmp_path), 1, model, optimizer, {}, card="# a card",
+                            encoding="bytes", template="chat")
+    assert saved == tmp_path / "step_000001"
+    files = ["README.md", "chat_template_generation.jinja", "config.json", "generation_config.json",
+             "model.safetensors", "tokenizer.json", "tokenizer_config.json", "training_state.pt"]
     assert sorted(path.name for path in (tmp_path / "step_000001").iterdir()) == files
     assert all((tmp_path / "step_000001" / name).stat().st_ino in flushed for name in files)
     assert flushed[-1] == tmp_path.stat().st_ino
@@ -361,6 +364,22 @@ def test_init_starts_from_the_latest_checkpoint_of_a_run_folder(data, whole, tmp
         assert torch.equal(a, b)
     settings = json.loads((tmp_path / "out" / "step_000001" / "config.json").read_text())
     assert (settings["encoding"], settings["template"]) == ("bytes", "chat")
+
+
+def test_init_continues_from_what_transformers_made_of_a_checkpoint(data, whole, tmp_path):
+    """In bfloat16, in several files, and with 258 ids, which the data's 261 fill up again."""
+    import transformers
+
+    step_9 = whole["sft"] / "step_000009"
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(step_9)
+    theirs.resize_token_embeddings(258, mean_resizing=False)
+    theirs.bfloat16().save_pretrained(tmp_path / "theirs", max_shard_size="10KB")
+    fine_tune(data["sft"], tmp_path / "out", init=str(tmp_path / "theirs"), max_steps=1,
+              learning_rate=0.0)
+    found = weights_of(tmp_path / "out")
+    for a, b in zip(found, weights_of(whole["sft"]), strict=True):
+        assert torch.equal(a[:258], b.bfloat16().float()[:258])  # no other matrix has 258 rows
+    torch.testing.assert_close(found[0][258:261], found[0][:258].mean(0).expand(3, -1))
 
 
 @pytest.mark.parametrize("sizes, message", [

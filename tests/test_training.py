@@ -482,7 +482,7 @@ assert states == (torch.get_rng_state().tolist(), random.getstate(),
 assert not torch.distributed.is_initialized()
 assert not torch.cuda.is_initialized()
 assert environment == dict(os.environ)
-heavy = {"datasets", "matplotlib", "tyro", "pyarrow", "transformers", "pandas", "wandb"}
+heavy = {"datasets", "matplotlib", "pyarrow", "transformers", "pandas", "wandb"}
 print(sorted(heavy & set(sys.modules)), os.listdir("."))
 """
 

@@ -95,6 +95,44 @@ def test_weights_in_several_files_load_as_from_one(hugging_face, tmp_path):
     assert torch.equal(GPT.from_pretrained(tmp_path)(IDX), GPT.from_pretrained(folder)(IDX))
 
 
+def test_weights_are_named_as_in_gpt2_on_the_hub(tmp_path):
+    """Without `transformer.`; and a saved model is opened by those who look for `n_ctx`."""
+    tiny_model().save_pretrained(tmp_path)
+    names = set(load_file(tmp_path / "model.safetensors"))
+    assert {"wte.weight", "wpe.weight", "h.1.mlp.c_proj.bias", "ln_f.weight"} <= names
+    assert not any("transformer" in name or "lm_head" in name for name in names)
+    assert json.loads((tmp_path / "config.json").read_text())["n_ctx"] == 32
+
+
+@pytest.mark.parametrize("change", ["bfloat16", "several files", "more ids", "fewer ids"])
+def test_model_changed_and_saved_by_transformers_loads_again(change, tmp_path):
+    """Its 261 ids become 300 or 258: both round up to 320, so it fits the same data."""
+    import transformers
+
+    ours = tiny_model()
+    ours.save_pretrained(tmp_path / "ours", encoding="bytes", template="chat")
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "ours").eval()
+    n_vocab = {"more ids": 300, "fewer ids": 258}.get(change, 261)
+    theirs.resize_token_embeddings(n_vocab, mean_resizing=False)
+    if change == "bfloat16":
+        theirs.bfloat16()
+    with torch.no_grad():
+        theirs.transformer.h[1].mlp.c_fc.bias += 1
+    files = {"max_shard_size": "40KB"} if change == "several files" else {}
+    theirs.save_pretrained(tmp_path / "theirs", **files)
+    n_files = len(list((tmp_path / "theirs").glob("*.safetensors")))
+    assert n_files > 1 if change == "several files" else n_files == 1
+
+    back = GPT.from_pretrained(tmp_path / "theirs")
+    assert (back.config.n_vocab, back.config.vocab_size) == (n_vocab, 320)
+    assert all(p.dtype == torch.float32 for p in back.parameters())
+    want = theirs.float()(IDX).logits  # (3, 24, n_vocab)
+    torch.testing.assert_close(back(IDX)[..., :n_vocab], want, atol=1e-4, rtol=0)
+    assert (back(IDX) - ours(IDX))[..., :258].abs().max() > 0.1  # the change has arrived
+    settings = json.loads((tmp_path / "theirs" / "config.json").read_text())
+    assert (settings["encoding"], settings["template"]) == ("bytes", "chat")
+
+
 @pytest.mark.parametrize("name, hub_id", [("gpt2", "openai-community/gpt2"), ("me/my", "me/my")])
 def test_hub_name_is_downloaded(hugging_face, monkeypatch, tmp_path, name, hub_id):
     folder, asked = hugging_face[128][0], []
@@ -133,7 +171,11 @@ def edited(key, value):
 
 @pytest.mark.parametrize("edit, message", [
     (edited("model_type", "llama"), "model_type is 'llama', but nanosft only supports .* 'gpt2'"),
+    (edited("model_type", "gpt_neo"), "model_type is 'gpt_neo'"),
     (edited("activation_function", "relu"), "activation_function is 'relu'"),
+    (edited("activation_function", "gelu"), "activation_function is 'gelu', .* 'gelu_new'"),
+    (edited("scale_attn_weights", False), "scale_attn_weights is False, .* supports GPT-2's True"),
+    (edited("add_cross_attention", True), "add_cross_attention is True"),
     (edited("layer_norm_epsilon", 1e-6), "layer_norm_epsilon is 1e-06"),
     (edited("scale_attn_by_inverse_layer_idx", True), "scale_attn_by_inverse_layer_idx is True"),
     (edited("n_inner", 64), "n_inner is 64"),

@@ -1,0 +1,205 @@
+"""The files beside a model's weights with which other programs open it: transformers, TRL, vLLM,
+llama.cpp, MLX.
+
+- tokenizer.json: a tiktoken encoding as a byte-level BPE, with the specials as added tokens
+- tokenizer_config.json: end and padding tokens, and the chat template
+- chat_template_generation.jinja: the same template with `{% generation %}` around what is trained,
+  for trainers that want assistant masks; some engines cannot read the mark, so it is a second file
+- generation_config.json: every id that ends an answer
+
+What differs from nanosft: here a user who types `<|end|>` gets those seven characters, but
+other programs tokenize the rendered chat as one string, and turn them into the token. In recent
+transformers, `apply_chat_template(…, sanitize_control_tokens=True)` keeps them as text.
+
+In `alpaca` and `raw` no special token stands between the messages, so other programs may also
+merge the last characters of one with the first of the next; prompts of one turn are the same.
+
+llama.cpp's converter knows `gpt2` but not `bytes`; the `tokenizers` library reads both.
+"""
+
+import functools
+import itertools
+import json
+import math
+from pathlib import Path
+
+import tiktoken
+
+from tokenizer import ALPACA, ALPACA_WITH_INPUT, get_encoding, stop_ids
+
+# ----- tokenizer.json ----------------------------------------------------------------------------
+
+
+def byte_symbols() -> dict[int, str]:
+    """byte -> the printable character that stands for it in tokenizer.json.
+
+    Source: openai/gpt-2, src/encoder.py, bytes_to_unicode: printable bytes stand for themselves,
+    the others for the characters from U+0100 on.
+
+    >>> [byte_symbols()[byte] for byte in b"a b"]
+    ['a', 'Ġ', 'b']
+    """
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
+
+
+def recover_merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
+    """The merge that makes each token of several bytes, in the order of their ranks.
+
+    tiktoken keeps only the result of each merge. Its two sides are what the merges of lower rank
+    make of the token's bytes. A token that they cannot reduce to two sides occurs in no text.
+
+    >>> recover_merges({b"a": 0, b"b": 1, b"c": 2, b"bc": 3, b"abc": 4})
+    [(b'b', b'c'), (b'a', b'bc')]
+    """
+    merges = []
+    for token in sorted((token for token in ranks if len(token) > 1), key=ranks.get):
+        pieces = [token[i : i + 1] for i in range(len(token))]
+        while len(pieces) > 2:
+            pairs = [ranks.get(a + b, math.inf) for a, b in itertools.pairwise(pieces)]
+            at = pairs.index(min(pairs))
+            if pairs[at] == math.inf:
+                break
+            pieces[at : at + 2] = [pieces[at] + pieces[at + 1]]
+        if len(pieces) == 2:
+            merges.append((pieces[0], pieces[1]))
+    return merges
+
+
+@functools.cache  # GPT-2's 50,000 merges take a second to recover
+def tokenizer_json(encoding: tiktoken.Encoding, n_vocab: int) -> str:
+    """The encoding in the format of the `tokenizers` library, without specials from n_vocab on."""
+    symbols, ranks = byte_symbols(), encoding._mergeable_ranks
+
+    def spell(token: bytes) -> str:
+        return "".join(symbols[byte] for byte in token)
+
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
+             "special": True}
+    specials = sorted((i, text) for text, i in encoding._special_tokens.items() if i < n_vocab)
+    # use_regex: split with GPT-2's pattern; where bytes never merge, splitting changes nothing
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False,
+             "use_regex": encoding.name != "bytes"}
+    model = {
+        "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": "",
+        "end_of_word_suffix": "", "fuse_unk": False, "byte_fallback": False,
+        "ignore_merges": False,
+        "vocab": {spell(token): rank for token, rank in ranks.items()},
+        "merges": [[spell(a), spell(b)] for a, b in recover_merges(ranks)],
+    }
+    return json.dumps({
+        "version": "1.0", "truncation": None, "padding": None,
+        "added_tokens": [{"id": i, "content": text, **flags} for i, text in specials],
+        "normalizer": None, "pre_tokenizer": level, "post_processor": None, "decoder": level,
+        "model": model,
+    }, ensure_ascii=False) + "\n"
+
+
+# ----- chat templates ----------------------------------------------------------------------------
+
+# Jinja, the language of chat templates. The tokens are spelled out, never put together from a role:
+# so transformers can tell them from the same characters in a message.
+START = r"""
+{%- set n_system = 1 if messages[0]['role'] == 'system' else 0 -%}
+{%- for message in messages -%}
+{%- set role = 'system' if loop.index0 < n_system else
+               ('user' if (loop.index0 - n_system) % 2 == 0 else 'assistant') -%}
+{%- if message['role'] != role -%}
+{{- raise_exception('the order is: system (optional), then user and assistant alternating') -}}
+{%- endif -%}
+{%- if message['content'] is not string -%}
+{{- raise_exception('the content of each message must be a string') -}}
+{%- endif -%}
+{%- set text = message['content'] -%}
+{%- if message['input'] -%}
+{%- set text = text ~ '\n\n' ~ message['input'] if text else message['input'] -%}
+{%- endif -%}
+{%- if role == 'assistant' -%}
+"""
+CHAT_CONTEXT = "{{- ('<|system|>' if role == 'system' else '<|user|>') ~ text ~ '<|end|>' -}}"
+CHAT_PROMPT_END = """
+{%- if add_generation_prompt and messages[-1]['role'] != 'assistant' -%}
+{{- '<|assistant|>' -}}
+{%- endif -%}
+"""
+SINGLE_TURN = """
+{%- if n_system or messages | length > 2 -%}
+{{- raise_exception('the alpaca template takes one user message and one answer') -}}
+{%- endif -%}
+"""
+TEXT_ANSWER = "text ~ ('<|endoftext|>' if loop.last else '')"
+
+
+def chat_template(template: str, marks: bool = False) -> str:
+    """A template of tokenizer.py in Jinja; marks: with `{% generation %}` around what is trained.
+
+    It gives the ids of `render`, and with add_generation_prompt those of `render_prompt`; the head
+    of this file names the two exceptions. Like them it refuses messages that are out of order.
+    """
+    if template == "chat":
+        context, end = CHAT_CONTEXT, CHAT_PROMPT_END
+        answer = ("{{- '<|assistant|>' -}}" + trained("text ~ '<|end|>'", marks)
+                  + "{{- '<|endoftext|>' if loop.last else '' -}}")
+    elif template == "alpaca":
+        with_input, without = (text.replace("{content}", "{{ message['content'] }}")
+                               .replace("{input}", "{{ message['input'] }}")
+                               for text in (ALPACA_WITH_INPUT, ALPACA))
+        context = (SINGLE_TURN + "{%- if message['input'] -%}\n" + with_input
+                   + "\n{%- else -%}\n" + without + "\n{%- endif -%}")
+        answer, end = trained(TEXT_ANSWER, marks), ""
+    else:
+        context, answer, end = "{{- text -}}", trained(TEXT_ANSWER, marks), ""
+    parts = [START, answer, "\n{%- else -%}\n", context, "\n{%- endif -%}\n{%- endfor -%}\n", end]
+    return "".join(parts).strip()
+
+
+def trained(expression: str, marks: bool) -> str:
+    """Jinja that prints an expression; marks: with a generation mark, unless its weight is 0."""
+    shown = "{{- " + expression + " -}}"
+    if not marks:
+        return shown
+    return ("{%- if message['weight'] is defined and message['weight'] == 0 -%}" + shown
+            + "{%- else -%}{%- generation -%}" + shown + "{%- endgeneration -%}{%- endif -%}")
+
+
+# ----- the folder --------------------------------------------------------------------------------
+
+
+def special_ids(encoding: tiktoken.Encoding, template: str | None) -> dict[str, int]:
+    """Of config.json: a text starts with <|endoftext|>, and ends with the template's end token."""
+    eot = encoding.eot_token
+    return {"bos_token_id": eot, "eos_token_id": stop_ids(encoding, template)[0],
+            "pad_token_id": eot}
+
+
+def write_tokenizer(folder: str | Path, encoding: tiktoken.Encoding, template: str | None,
+                    block_size: int, n_vocab: int) -> None:
+    """Write the files listed at the top of this file; template None: without chat templates."""
+    folder = Path(folder)
+    (folder / "tokenizer.json").write_text(tokenizer_json(encoding, n_vocab), encoding="utf-8")
+    ids = special_ids(encoding, template)
+    tokens = {key.removesuffix("_id"): encoding.decode([i]) for key, i in ids.items()}
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", **tokens, "add_bos_token": False,
+                "clean_up_tokenization_spaces": False, "model_max_length": block_size}
+    if template is not None:
+        settings["chat_template"] = chat_template(template)
+        marked = chat_template(template, marks=True) + "\n"
+        (folder / "chat_template_generation.jinja").write_text(marked, encoding="utf-8")
+    generation = ids | {"eos_token_id": stop_ids(encoding, template)}
+    for name, found in (("tokenizer_config", settings), ("generation_config", generation)):
+        (folder / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
+
+
+def save_model(folder: str | Path, model, encoding: str | None = None,
+               template: str | None = None, **settings) -> None:
+    """A `GPT` and, if its encoding is named, its tokenizer: a folder that other programs open.
+
+    settings: extra keys of config.json.
+    """
+    if encoding is None:
+        return model.save_pretrained(folder, **settings)
+    names = {"encoding": encoding} | ({"template": template} if template else {})
+    found, sizes = get_encoding(encoding), model.config
+    model.save_pretrained(folder, **names, **special_ids(found, template), **settings)
+    write_tokenizer(folder, found, template, sizes.block_size, sizes.n_vocab)
