@@ -1,4 +1,4 @@
-"""The known forms of a chat row, as messages: no text of a row is dropped silently."""
+"""The known forms of a chat row, as messages: no text in a row is dropped silently."""
 
 import collections
 import dataclasses
@@ -153,7 +153,7 @@ def messages_of(row: dict, reading: Reading = BY_NAME, counts: Counts | None = N
 
 
 def map_columns(row: dict, reading: Reading) -> tuple[dict, dict]:
-    """(the columns by their names in a form, those that are not to be used); none is None."""
+    """(columns under their names in a form, columns not to be used), both without nulls."""
     for name, column in reading.mapping.items():
         if column not in row:
             raise UserError(f"--columns {name}={column}: no such column; there are "
@@ -169,7 +169,7 @@ def map_columns(row: dict, reading: Reading) -> tuple[dict, dict]:
 
 @functools.lru_cache(maxsize=1024)
 def find_form(columns: frozenset, mapped: frozenset) -> tuple[Form | None, list[str]]:
-    """The first form whose columns are there, and their names; it uses all that --columns names."""
+    """The first form that has its columns and uses all names of --columns; and its columns."""
     for form in FORMS:
         slots = [slot.split("|") for slot in form.columns]
         if form.read is read_pair and len(slots) == 2 and "input" in mapped:
@@ -184,7 +184,7 @@ def find_form(columns: frozenset, mapped: frozenset) -> tuple[Form | None, list[
 
 
 def refuse_by_name(columns: dict, form: Form | None) -> None:
-    """UserError for rows that hold something else than chats, with what to do instead."""
+    """UserError for rows that are not chats, saying what to do instead."""
     if "chosen" in columns and "rejected" in columns:
         raise UserError("a preference row (`chosen`, `rejected`); to train on the better answer, "
                         "pass --columns response=chosen, or messages=chosen for whole chats, and "

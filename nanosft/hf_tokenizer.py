@@ -1,4 +1,4 @@
-"""The files beside a model's weights with which other programs open it: transformers, TRL, vLLM,
+"""The files beside a model's weights that let other programs open it: transformers, TRL, vLLM,
 llama.cpp, MLX.
 
 - tokenizer.json: a tiktoken encoding as a byte-level BPE, with the specials as added tokens
@@ -8,11 +8,11 @@ llama.cpp, MLX.
 - generation_config.json: every id that ends an answer
 
 What differs from nanosft: here a user who types `<|end|>` gets those seven characters, but
-other programs tokenize the rendered chat as one string, and turn them into the token. In recent
+other programs tokenize the rendered chat as one string and turn them into the token. In recent
 transformers, `apply_chat_template(…, sanitize_control_tokens=True)` keeps them as text.
 
 In `alpaca` and `raw` no special token stands between the messages, so other programs may also
-merge the last characters of one with the first of the next; prompts of one turn are the same.
+merge the last characters of one with the first of the next; single-turn prompts are not affected.
 
 llama.cpp's converter knows `gpt2` but not `bytes`; the `tokenizers` library reads both.
 """
@@ -98,8 +98,8 @@ def tokenizer_json(encoding: tiktoken.Encoding, n_vocab: int) -> str:
 
 # ----- chat templates ----------------------------------------------------------------------------
 
-# Jinja, the language of chat templates. The tokens are spelled out, never put together from a role:
-# so transformers can tell them from the same characters in a message.
+# Jinja, the language of chat templates. The tokens are spelled out, never built from a role, so
+# transformers can tell them from the same characters in a message.
 START = r"""
 {%- set n_system = 1 if messages[0]['role'] == 'system' else 0 -%}
 {%- for message in messages -%}
@@ -135,7 +135,7 @@ def chat_template(template: str, marks: bool = False) -> str:
     """A template of tokenizer.py in Jinja; marks: with `{% generation %}` around what is trained.
 
     It gives the ids of `render`, and with add_generation_prompt those of `render_prompt`; the head
-    of this file names the two exceptions. Like them it refuses messages that are out of order.
+    of this file names the two exceptions. Like those two, it refuses messages out of order.
     """
     if template == "chat":
         context, end = CHAT_CONTEXT, CHAT_PROMPT_END
@@ -167,7 +167,7 @@ def trained(expression: str, marks: bool) -> str:
 
 
 def special_ids(encoding: tiktoken.Encoding, template: str | None) -> dict[str, int]:
-    """Of config.json: a text starts with <|endoftext|>, and ends with the template's end token."""
+    """For config.json: a text starts with <|endoftext|>, and ends with the template's end token."""
     eot = encoding.eot_token
     return {"bos_token_id": eot, "eos_token_id": stop_ids(encoding, template)[0],
             "pad_token_id": eot}
@@ -193,7 +193,7 @@ def write_tokenizer(folder: str | Path, encoding: tiktoken.Encoding, template: s
 
 def save_model(folder: str | Path, model, encoding: str | None = None,
                template: str | None = None, **settings) -> None:
-    """A `GPT` and, if its encoding is named, its tokenizer: a folder that other programs open.
+    """Write a `GPT` and, if its encoding is named, its tokenizer, for other programs to open.
 
     settings: extra keys of config.json.
     """

@@ -67,7 +67,7 @@ def check_apart(sources: Iterable[str], val_sources: Iterable[str], subset: str 
 
 def read_sources(sources: Iterable[str], reading: Reading, counts: Counts,
                  ) -> Iterator[tuple[str, dict]]:
-    """(place, row) of each source in turn, as far as --where keeps it; the others are counted."""
+    """(place, row) of each source in turn, if --where keeps the row; others are counted."""
     wanted, _ = [split_pair("--where", item) for item in reading.where], reading.mapping  # checked
     n_kept, first = 0, None
     for source in sources:
@@ -245,7 +245,7 @@ class Report:
                             "--val_fraction")
 
     def copies(self) -> tuple[int, int]:
-        """(examples that occur earlier, too; validation prompts that occur in training)."""
+        """(examples that repeat an earlier one; validation prompts that occur in training)."""
         (train, prompts), (val, val_prompts) = (
             [np.array(hashes, np.uint64) for hashes in self.hashes[split]]
             for split in ("train", "val"))
@@ -256,7 +256,7 @@ class Report:
 def mark_validation(examples: Iterator, fraction: float, seed: int) -> Iterator[tuple]:
     """(example, is_val): one random example of every 1/fraction goes to validation.
 
-    With fewer than 1/fraction examples in total, but at least two, one still does.
+    With fewer than 1/fraction examples in total, but at least two, one still goes there.
     """
     rng, start = np.random.default_rng(seed), 0.0
     while fraction:
@@ -288,7 +288,7 @@ def chunked(items: Iterable, size_of: Callable, limit: int) -> Iterator[list]:
 
 
 def ordered_map(work: Callable, chunks: Iterable, workers: int, *args) -> Iterator:
-    """work(chunk, *args) for each chunk, in order, on `workers` processes; few are in memory."""
+    """work(chunk, *args) for each chunk, in order, on `workers` processes; few are held at once."""
     if workers == 1:
         yield from (work(chunk, *args) for chunk in chunks)
         return

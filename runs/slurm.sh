@@ -8,7 +8,7 @@
 # Fine-tune on several machines under Slurm. --data, --init and --out are on a shared file system.
 #   sbatch runs/slurm.sh --data data/sft --out out/sft --batch_size 2
 # One torchrun per machine; the first machine of the job hosts the rendezvous. A job that was killed
-# and queued again continues from its latest checkpoint, because of --resume.
+# and requeued continues from its latest checkpoint, because of --resume.
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:?submit this with sbatch}"
 HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)

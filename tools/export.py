@@ -1,9 +1,9 @@
-"""Write a model as a folder that other programs open: transformers, TRL, vLLM, llama.cpp, MLX.
+"""Write a model as a folder that other programs can open: transformers, TRL, vLLM, llama.cpp, MLX.
 
     python -m tools.export --model out/sft --out my-assistant --dtype bfloat16
 
-A checkpoint is such a folder already. This leaves out its training state, which is two thirds of
-its size, and can halve the rest. nanosft/hf_tokenizer.py says what the other files are.
+A checkpoint is such a folder already. This command leaves out the training state, which is two
+thirds of its size, and can halve the rest. nanosft/hf_tokenizer.py says what the other files are.
 """
 
 import dataclasses
