@@ -372,9 +372,13 @@ def new_or_resumed(config: Config, ranks: Ranks, meta: dict, run: dict) -> tuple
     model.config.n_vocab = max(model.config.n_vocab, meta["vocab_size"])
     model.to(ranks.device)
     optimizer = make_optimizer(model, config)
+    done = state["step"] if resumed else 0
     if resumed:
         optimizer.load_state_dict(state["optimizer"])
-    return model, optimizer, state["step"] if resumed else 0
+    if ranks.sum(torch.tensor(done, device=ranks.device)) != done * ranks.world_size:
+        raise UserError(f"--resume: this rank found step {done} in {config.out}, others did not; "
+                        "--out must be on a file system that all machines share")
+    return model, optimizer, done
 
 
 def save_checkpoint(out: str, step: int, model: GPT, optimizer: torch.optim.Optimizer, run: dict,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from model import GPT, IGNORE_INDEX
 from nanosft.assistant import Assistant, answer_samples
-from nanosft.cli import UserError, run_cli
+from nanosft.cli import require_at_least, run_cli
 from nanosft.shards import read_meta
 from sft_data import SFTDataset
 from tokenizer import get_encoding
@@ -58,8 +58,8 @@ class Config(PretrainingConfig):
 def open_rows(config: Config, split: str) -> SFTDataset | None:
     """SFT: rows of chats add weights and segments; validation keeps the data's order."""
     n, is_train = config.max_examples, split == "train"
-    if n is not None and n < 1:
-        raise UserError(f"--max_examples {n} must be at least 1")
+    require_at_least(config, 1, "max_examples")
+    require_at_least(config, 0, "eval_prompts")
     if split not in read_meta(config.data, "sft")["splits"]:
         return None
     return SFTDataset(config.data, split, config.block_size, config.layout,

@@ -163,7 +163,8 @@ def check_flags(config, world_size: int) -> None:
     """UserError for invalid or conflicting flags, before anything is loaded or written."""
     require_at_least(config, 1, "batch_size", "rows_per_step", "block_size", "epochs", "max_steps",
                      "n_layer", "n_head", "n_embd", "log_every")
-    require_at_least(config, 0, "warmup_steps", "eval_every", "save_every", "keep")
+    require_at_least(config, 0, "warmup_steps", "eval_every", "eval_tokens", "save_every", "keep",
+                     "weight_decay", "grad_clip")
     for name in ("n_layer", "n_head", "n_embd"):
         if config.init != "scratch" and getattr(config, name) is not None:
             raise UserError(f"--{name} {getattr(config, name)} is only for --init scratch; --init "
@@ -222,6 +223,7 @@ class Metrics:
         kept = [s for s in lines if s.endswith("\n") and json.loads(s)["step"] <= self.steps_done]
         tmp = path.with_suffix(".tmp")
         tmp.write_text("".join(kept))
+        flush(tmp)
         tmp.rename(path)
         self.file = path.open("a", buffering=1)  # line-buffered: each step is written at once
         if self.project:
@@ -258,7 +260,10 @@ def write_run_json(out: str, run: dict) -> None:
     """OUT/run.json: `run` (every flag and the data's sha256), and for each start of the run, the
     first one and every --resume, its command and versions."""
     path = Path(out) / "run.json"
-    starts = json.loads(path.read_text())["starts"] if path.exists() else []
+    try:
+        starts = json.loads(path.read_text())["starts"]
+    except (OSError, ValueError, KeyError):  # the first start, or a file damaged by a power loss
+        starts = []
     packages = ("torch", "numpy", "tiktoken", "safetensors")
     starts.append({
         "command": shlex.join(sys.argv),
@@ -267,8 +272,10 @@ def write_run_json(out: str, run: dict) -> None:
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in packages},
     })
-    path.with_suffix(".tmp").write_text(json.dumps(run | {"starts": starts}, indent=1) + "\n")
-    path.with_suffix(".tmp").rename(path)
+    tmp = path.with_suffix(".tmp")
+    tmp.write_text(json.dumps(run | {"starts": starts}, indent=1) + "\n")
+    flush(tmp)
+    tmp.rename(path)
 
 
 def git_commit() -> str | None:

@@ -123,7 +123,8 @@ TOOL_ROLES = {"tool", "tools", "function", "function_call", "function_response",
 # `text` is not among them: Alpaca's is a rendering of the same row.
 TEXT_NAMES = COLUMN_NAMES - {"text"} | {
     "content", "value", "history", "documents", "tools", "tool_calls", "function_call", "cot",
-    "rationale", "reasoning", "reasoning_content", "thinking", "chain_of_thought"}
+    "rationale", "reasoning", "reasoning_content", "thinking", "chain_of_thought", "complex_cot",
+    "explanation", "passage", "choices", "options"}
 MEDIA = ("image", "images", "audio", "video", "videos")
 TREE_NAMES = {"role", "parent_id", "message_id", "message_tree_id"}
 
@@ -271,7 +272,8 @@ def check_unused(left: dict, messages: list[dict] | str, reading: Reading, count
     for name, value in left.items():
         counts["unused", name] += holds_text(value)
         key = name.removeprefix("message key ")
-        if key not in TEXT_NAMES or key in reading.ignore or not holds_text(value):
+        is_text = key.lower() in TEXT_NAMES or (key != name and key.lower() in MEDIA)
+        if not is_text or key in reading.ignore or not holds_text(value):
             continue
         if isinstance(messages, list) and value in [turn["content"] for turn in messages]:
             continue  # UltraChat's `prompt` repeats the first message
@@ -292,9 +294,9 @@ def repaired(messages: list[dict], counts: Counts) -> list[dict]:
     merged = []
     for turn in messages:
         last = merged[-1] if merged else {}
-        parts = [last.get("content"), last.get("input"), turn["content"]]
+        parts = [last.get("content"), last.get("input") or "", turn["content"]]
         if (last.get("role") == turn["role"] and last.get("weight") == turn.get("weight")
-                and isinstance(turn["content"], str)):
+                and all(isinstance(part, str) for part in parts)):
             merged[-1] = turn | {"content": "\n\n".join(part for part in parts if part)}
             counts["repaired", "turns merged"] += 1
         else:

@@ -261,6 +261,30 @@ def test_resume_leaves_a_folder_alone_that_holds_no_run(data, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
+def test_ranks_that_find_different_checkpoints_refuse_to_start(data, whole):
+    """This rank found step 9; the ranks' sum says that the other one found none."""
+
+    class TwoRanks(train_gpt2.Ranks):
+        def sum(self, tensor):
+            return tensor  # plus 0 of the other rank
+
+    meta = json.loads(Path(data["sft"], "meta.json").read_text())
+    flags = tiny_flags(FLAGS["sft"]) | {"resume": True}
+    config = train_sft.Config(data["sft"], str(whole["sft"]), **flags)
+    run = checkpoint.describe_run(config, meta, 9)
+    with pytest.raises(UserError, match=r"this rank found step 9 in .*, others did not"):
+        train_gpt2.new_or_resumed(config, TwoRanks(0, 2, torch.device("cpu")), meta, run)
+
+
+def test_run_json_that_a_power_loss_emptied_does_not_stop_a_resumed_run(data, whole, tmp_path):
+    out = shutil.copytree(whole["sft"], tmp_path / "out")
+    shutil.rmtree(out / "step_000009")
+    (out / "run.json").write_text("")
+    fine_tune(data["sft"], out, resume=True, **FLAGS["sft"])
+    assert len(json.loads((out / "run.json").read_text())["starts"]) == 1
+    assert_bitwise_equal(out, whole["sft"])
+
+
 def test_git_commit_is_marked_dirty_where_files_differ_and_none_without_git(tmp_path, monkeypatch):
     def git(*words) -> str:
         return subprocess.check_output(["git", "-c", "user.name=a", "-c", "user.email=a", *words],

@@ -428,3 +428,19 @@ def test_only_a_few_chunks_are_in_memory_at_a_time():
     assert next(results) == 0
     assert len(list(chunks)) > 90
     results.close()
+
+
+def test_repair_leaves_turns_that_are_not_text_to_be_refused():
+    turns = [{"role": "user", "content": {"a": 1}}, QUESTION, ANSWER]
+    reading = Reading(repair=True)
+    assert messages_of({"messages": turns}, reading) == turns
+
+
+@pytest.mark.parametrize("row, name", [
+    ({"question": "Q", "answer": "A", "Complex_CoT": "hm"}, "Complex_CoT"),
+    ({"question": "Q", "answer": "A", "choices": ["x", "y"]}, "choices"),
+    ({"messages": [QUESTION | {"images": ["cat.png"]}, ANSWER]}, "images"),
+])
+def test_text_that_would_be_lost_is_named_in_any_case_and_in_messages(row, name):
+    with pytest.raises(UserError, match=f"`{name}` holds text that would be lost"):
+        messages_of(row)
