@@ -21,7 +21,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import shutil
 import statistics
 import subprocess
 import sys
@@ -111,7 +110,8 @@ def make_data(config: Config, job: Job) -> dict:
     folder = Path(job.folder)
     source = folder / "rows.jsonl"
     if config.data:
-        shutil.copy(config.data, source)
+        rows = (json.dumps(row) + "\n" for _, row in read_rows(config.data))
+        source.write_text("".join(rows))
     else:
         bench.random_jsonl(source, 7_473)
     prepare(source, folder / "sft")
