@@ -23,11 +23,11 @@ from nanosft.assistant import (
     extraction_for,
     load_assistant,
     score,
+    tokenize_prompt_and_output,
 )
 from nanosft.cli import UserError, require_at_least, run_cli
 from nanosft.forms import Counts, Reading, messages_of
 from nanosft.sources import read_sources
-from sft_data import tokenize_prompt_and_output
 from tokenizer import render, render_prompt
 from train_gpt2 import MicroBatch, Ranks, evaluate as token_loss, setup_distributed
 

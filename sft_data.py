@@ -25,7 +25,10 @@ from tqdm import tqdm
 
 from model import IGNORE_INDEX
 from nanosft import viewer
-from nanosft.assistant import load_assistant
+from nanosft.assistant import (
+    load_assistant,
+    tokenize_prompt_and_output as tokenize_prompt_and_output,
+)
 from nanosft.cli import UserError, require_at_least, require_choice, run_cli
 from nanosft.forms import Counts, Reading, messages_of
 from nanosft.shards import (
@@ -260,30 +263,6 @@ def iterate_batches(dataset: Dataset, batch_size: int, shuffle: bool) -> DataLoa
     """Batches of rows; the last one may be smaller. The global random state is left alone."""
     generator = torch.Generator().manual_seed(getattr(dataset, "seed", None) or 0)
     return DataLoader(dataset, batch_size, shuffle, generator=generator)
-
-
-def tokenize_prompt_and_output(encoding, prompts: Sequence, outputs: Sequence) -> dict[str, Tensor]:
-    """input_ids, labels and response_mask, each (B, longest - 1), of prompts followed by outputs.
-
-    Prompts and outputs are strings, or ids if they contain special tokens. Each is encoded
-    separately; the pair is concatenated and right-padded with <|endoftext|>. labels are the inputs
-    shifted by one; response_mask is True where the label is an output token.
-    """
-    if len(prompts) != len(outputs):
-        raise UserError(f"{len(prompts)} prompts and {len(outputs)} outputs; pass one output "
-                        "per prompt")
-
-    def encode(text):
-        return encoding.encode_ordinary(text) if isinstance(text, str) else list(text)
-
-    pairs = [(encode(prompt), encode(output)) for prompt, output in zip(prompts, outputs)]
-    longest = max((len(prompt) + len(output) for prompt, output in pairs), default=1)
-    ids = torch.full((len(pairs), longest), encoding.eot_token)
-    is_output = torch.zeros(len(pairs), longest, dtype=torch.bool)
-    for row, (prompt, output) in enumerate(pairs):
-        ids[row, : len(prompt) + len(output)] = torch.tensor(prompt + output, dtype=torch.long)
-        is_output[row, len(prompt) : len(prompt) + len(output)] = True
-    return {"input_ids": ids[:, :-1], "labels": ids[:, 1:], "response_mask": is_output[:, 1:]}
 
 
 # ----- chats to shards ---------------------------------------------------------------------------

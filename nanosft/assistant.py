@@ -2,10 +2,12 @@
 
 import re
 import sys
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import tiktoken
 import torch
+from torch import Tensor
 
 from model import GPT
 from nanosft.cli import UserError
@@ -119,3 +121,30 @@ def answer_samples(assistant: Assistant, pairs: list[tuple[list[int], list[int]]
               flush=True)
     right, stopped = (ranks.sum(sums) / len(pairs)).tolist()
     return {"val_answer_accuracy": right, "val_stop_rate": stopped}
+
+
+# ----- prompts and answers as tensors ------------------------------------------------------------
+
+
+def tokenize_prompt_and_output(encoding, prompts: Sequence, outputs: Sequence) -> dict[str, Tensor]:
+    """input_ids, labels and response_mask, each (B, longest - 1), of prompts followed by outputs.
+
+    Prompts and outputs are strings, or ids if they contain special tokens. Each is encoded
+    separately; the pair is concatenated and right-padded with <|endoftext|>. labels are the inputs
+    shifted by one; response_mask is True where the label is an output token.
+    """
+    if len(prompts) != len(outputs):
+        raise UserError(f"{len(prompts)} prompts and {len(outputs)} outputs; pass one output "
+                        "per prompt")
+
+    def encode(text):
+        return encoding.encode_ordinary(text) if isinstance(text, str) else list(text)
+
+    pairs = [(encode(prompt), encode(output)) for prompt, output in zip(prompts, outputs)]
+    longest = max((len(prompt) + len(output) for prompt, output in pairs), default=1)
+    ids = torch.full((len(pairs), longest), encoding.eot_token)
+    is_output = torch.zeros(len(pairs), longest, dtype=torch.bool)
+    for row, (prompt, output) in enumerate(pairs):
+        ids[row, : len(prompt) + len(output)] = torch.tensor(prompt + output, dtype=torch.long)
+        is_output[row, len(prompt) : len(prompt) + len(output)] = True
+    return {"input_ids": ids[:, :-1], "labels": ids[:, 1:], "response_mask": is_output[:, 1:]}
