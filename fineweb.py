@@ -5,7 +5,7 @@
 
 Writes OUT/train_000000.npy, … and OUT/val_000000.npy, each a flat array of ids in which every
 document ends with <|endoftext|>, and finally OUT/meta.json: a folder without it is unfinished.
-The bytes of the shards do not depend on the number of workers. About 1 M gpt2 tokens/s on 2 cores.
+The bytes of the shards do not depend on the number of workers. Speed and disk: docs/scale.md.
 """
 
 import dataclasses
