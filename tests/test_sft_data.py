@@ -635,7 +635,8 @@ def test_flags_of_the_rows_that_cannot_be_are_one_line(jsonl, command, tmp_path)
     assert (result.code, result.err.count("\n")) == (2, 1)
     assert f"--val_source {source} is --source {source}" in result.err
     for flags in (["--columns", "x=q"], ["--columns", "q"], ["--where", "q"], ["--where", "q=1"]):
-        result = command(sft_data, "--source", source, "--out", tmp_path / "o", *flags)
+        flags += ["--encoding", "bytes", "--out", tmp_path / "o"]
+        result = command(sft_data, "--source", source, *flags)
         assert (result.code, result.err.count("\n")) == (2, 1)
         assert result.err.startswith(f"error: {flags[0]} ")  # no row is to blame
     assert not (tmp_path / "o").exists()
