@@ -13,8 +13,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-import torch.distributed as dist
-
 from model import IGNORE_INDEX
 from nanosft.assistant import (
     Assistant,
@@ -146,10 +144,7 @@ def main(config: Config) -> None:
     losses = token_loss(assistant.model, batches, ranks)
 
     # --- 3. gather and report ---
-    if ranks.world_size > 1:
-        gathered = [None] * ranks.world_size
-        dist.all_gather_object(gathered, records)
-        records = sorted((r for part in gathered for r in part), key=lambda record: record["row"])
+    records = ranks.gather(records)
     ranks.finish()
     if not ranks.is_main:
         return

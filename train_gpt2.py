@@ -112,6 +112,14 @@ class Ranks:
             dist.all_reduce(tensor)
         return tensor
 
+    def gather(self, mine: list) -> list:
+        """A list of which each rank has the items [rank::world_size], whole again on every rank."""
+        if self.world_size == 1:
+            return mine
+        parts = [None] * self.world_size
+        dist.all_gather_object(parts, mine)
+        return [item for turn in itertools.zip_longest(*parts) for item in turn if item is not None]
+
     def autocast(self) -> contextlib.AbstractContextManager:
         if self.device.type == "cuda":
             return torch.autocast("cuda", dtype=torch.bfloat16)

@@ -103,24 +103,30 @@ def score(answer: Answer, reference: str, how: str) -> dict[str, bool]:
 
 
 def answer_samples(assistant: Assistant, pairs: list[tuple[list[int], list[int]]], ranks) -> dict:
-    """Answer (prompt, reference) pairs of ids, split over the ranks; score all, print the first."""
+    """Answer (prompt, reference) pairs of ids, split over the ranks; score all, print the first.
+
+    Besides the scores, `val_answers` holds the answers, which the trainer saves.
+    """
     if not pairs:
         return {}
     model, encoding, _ = assistant
     room, block_size = 16 + max(len(reference) for _, reference in pairs), model.config.block_size
     mine = pairs[ranks.rank :: ranks.world_size]
-    references = [encoding.decode(reference) for _, reference in mine]
     answers = assistant.answer([ids[-max(1, block_size - room) :] for ids, _ in mine], room)
-    sums = torch.zeros(2, device=ranks.device)
-    for answer, reference in zip(answers, references):
-        scores = score(answer, reference, extraction_for(reference))
-        sums += torch.tensor([scores["right"], scores["stopped"]], device=ranks.device)
-    if ranks.is_main:
-        print(f"prompt  …{encoding.decode(mine[0][0])[-80:]!r}\n"
-              f"  answer    {answers[0].text[:80]!r}\n  reference {references[0][:80]!r}",
-              flush=True)
-    right, stopped = (ranks.sum(sums) / len(pairs)).tolist()
-    return {"val_answer_accuracy": right, "val_stop_rate": stopped}
+    records = []
+    for (ids, reference_ids), answer in zip(mine, answers):
+        reference = encoding.decode(reference_ids)
+        records.append({"prompt": encoding.decode(ids), "reference": reference,
+                        "answer": answer.text,
+                        **score(answer, reference, extraction_for(reference))})
+    records = ranks.gather(records)
+    first = records[0]
+    ranks.print(f"prompt  …{first['prompt'][-80:]!r}\n  answer    {first['answer'][:80]!r}\n"
+                f"  reference {first['reference'][:80]!r}")
+    keys = {"val_answer_accuracy": "right", "val_format_accuracy": "formed",
+            "val_stop_rate": "stopped"}
+    means = {name: sum(r[key] for r in records) / len(records) for name, key in keys.items()}
+    return means | {"val_answers": records}
 
 
 # ----- prompts and answers as tensors ------------------------------------------------------------

@@ -204,28 +204,23 @@ def check_fit(model_config, config, meta: dict) -> None:
 
 
 class Metrics:
-    """OUT/metrics.jsonl, one JSON object per step; some steps are also printed."""
+    """OUT/metrics.jsonl, one JSON object per step, some of them also printed; and
+    OUT/answers.jsonl, the answers of each evaluation if there are any."""
 
     def __init__(self, config, run: dict, steps_done: int, n_steps: int):
         self.out, self.run, self.steps_done, self.n_steps = config.out, run, steps_done, n_steps
         self.log_every, self.project = config.log_every, config.wandb
-        self.file = self.wandb = None
+        self.file = self.answers = self.wandb = None
 
     def open(self) -> None:
         """Write run.json, and open the file, truncated after the step that a run resumes from.
 
         The first row does this: a run that fails before it leaves no folder behind.
         """
-        path = Path(self.out) / "metrics.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
+        out = Path(self.out)
+        out.mkdir(parents=True, exist_ok=True)
         write_run_json(self.out, self.run)
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        kept = [s for s in lines if s.endswith("\n") and json.loads(s)["step"] <= self.steps_done]
-        tmp = path.with_suffix(".tmp")
-        tmp.write_text("".join(kept))
-        flush(tmp)
-        tmp.rename(path)
-        self.file = path.open("a", buffering=1)  # line-buffered: each step is written at once
+        self.file = open_log(out / "metrics.jsonl", self.steps_done)
         if self.project:
             import wandb
 
@@ -235,6 +230,8 @@ class Metrics:
     def write(self, row: dict) -> None:
         if self.file is None:
             self.open()
+        self.write_answers(row["step"], row.get("val_answers", []))
+        row = {key: value for key, value in row.items() if key != "val_answers"}
         self.file.write(json.dumps(row) + "\n")
         if self.wandb:
             self.wandb.log(row, step=row["step"])
@@ -246,14 +243,35 @@ class Metrics:
             tqdm.write((line + format_metrics(results)).rstrip())
             sys.stdout.flush()
 
+    def write_answers(self, step: int, answers: list[dict]) -> None:
+        if answers and self.answers is None:
+            self.answers = open_log(Path(self.out) / "answers.jsonl", self.steps_done)
+        for answer in answers:
+            self.answers.write(json.dumps({"step": step, **answer}, ensure_ascii=False) + "\n")
+
     def close(self) -> None:
         self.file.close()
+        if self.answers:
+            self.answers.close()
         if self.wandb:
             self.wandb.finish()
 
 
-def format_metrics(results: dict[str, float]) -> str:
-    return "  ".join(f"{key} {value:.4f}" for key, value in results.items())
+def open_log(path: Path, steps_done: int):
+    """Open a .jsonl file to append to, without its rows of later steps and without a cut line."""
+    lines = list(path.open(encoding="utf-8", newline="\n")) if path.exists() else []
+    kept = [s for s in lines if s.endswith("\n") and json.loads(s)["step"] <= steps_done]
+    tmp = path.with_suffix(".tmp")
+    tmp.write_text("".join(kept), "utf-8")
+    flush(tmp)
+    tmp.rename(path)
+    return path.open("a", buffering=1, encoding="utf-8")  # line-buffered: written at once
+
+
+def format_metrics(results: dict) -> str:
+    """`name value` of each number."""
+    return "  ".join(f"{key} {value:.4f}" for key, value in results.items()
+                     if isinstance(value, float))
 
 
 def write_run_json(out: str, run: dict) -> None:

@@ -77,8 +77,9 @@ def kill_before(step, run, *args, monkeypatch, **flags):
 
 
 def checkpoints_in(out) -> list[str]:
-    """What is in OUT beside metrics.jsonl and run.json."""
-    return sorted({path.name for path in Path(out).iterdir()} - {"metrics.jsonl", "run.json"})
+    """What is in OUT beside the logs and run.json."""
+    logs = {"metrics.jsonl", "answers.jsonl", "run.json"}
+    return sorted({path.name for path in Path(out).iterdir()} - logs)
 
 
 def assert_bitwise_equal(a, b):
@@ -207,6 +208,26 @@ def test_metrics_are_cut_after_the_step_that_the_run_resumes_from(
         log.write('{"step": 6, "loss": 1e9}\n{"step": 7, "lo')
     fine_tune(data["sft"], out, resume=True, **FLAGS["sft"])
     assert metrics(out) == metrics(whole["sft"])
+
+
+def test_answers_of_each_evaluation_are_saved_and_cut_like_the_metrics(
+        data, tmp_path, monkeypatch):
+    flags = FLAGS["sft"] | {"eval_every": 2, "save_every": 2, "eval_prompts": 2}
+    fine_tune(data["sft"], tmp_path / "whole", **flags)
+    rows = answers(tmp_path / "whole")
+    assert [row["step"] for row in rows] == [2, 2, 4, 4, 6, 6, 8, 8, 9, 9]
+    assert rows[0].keys() == {"step", "prompt", "reference", "answer", "right", "formed", "stopped"}
+    assert "val_answers" not in (tmp_path / "whole/metrics.jsonl").read_text()
+    out = tmp_path / "out"
+    kill_before(5, fine_tune, data["sft"], out, monkeypatch=monkeypatch, **flags)
+    with (out / "answers.jsonl").open("a") as log:
+        log.write('{"step": 5, "answer": "\u2028"}\n{"step": 6, "ans')
+    fine_tune(data["sft"], out, resume=True, **flags)
+    assert answers(out) == rows
+
+
+def answers(out) -> list[dict]:
+    return [json.loads(line) for line in (out / "answers.jsonl").open(encoding="utf-8")]
 
 
 def test_half_a_line_is_dropped_even_where_its_step_would_be_kept(tmp_path):

@@ -117,6 +117,10 @@ def test_whole_run_on_two_ranks_equals_the_run_on_one(name, run, tmp_path):
         for key in a:
             assert a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-6), key
     assert_weights_close(tmp_path / "out", folder / f"out_{name}")
+    if name == "sft":  # the prompts are split over the ranks, the answers in order again
+        alone, both = ([json.loads(line)["prompt"] for line in (out / "answers.jsonl").open()]
+                       for out in (tmp_path / "out", folder / "out_sft"))
+        assert alone == both and len(alone) > 4
 
 
 def fixed_nll_model(nll: list[float]):
