@@ -1,0 +1,204 @@
+"""One offline page in which a base model and its fine-tuning answer side by side.
+
+    python -m tools.playground --models out/lesson/base out/lesson/sft --out playground.html
+
+The page holds the models themselves, in half precision, and runs them in plain JavaScript: open
+playground.html in a browser, or its source in an editor. A slider goes through the checkpoints of
+the fine-tuning. A question can be in the address: playground.html#q=What%20is%202%2B4%3F
+
+For small models of the `bytes` encoding, because a page has at most 16 MB.
+"""
+
+import base64
+import dataclasses
+import itertools
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from model import GPT
+from nanosft.assistant import Assistant, load_assistant
+from nanosft.cli import UserError, run_cli
+from nanosft.sources import read_jsonl, require_file
+from nanosft.weights import checkpoints, find_model, read_config
+from tokenizer import SPECIALS, render_prompt, stop_ids
+
+PAGE = Path(__file__).with_suffix(".html")
+MAX_BYTES = 16_000_000  # of a page: a browser opens it at once, and it can be sent by mail
+BETWEEN = 6  # checkpoints between the base and the last one
+
+
+@dataclasses.dataclass
+class Config:
+    """Write one offline page in which a base model and its fine-tuning answer side by side."""
+
+    models: tuple[str, str]
+    """the base model, and the folder of a train_sft.py run that started from it"""
+    out: str = "playground.html"
+    questions: str | None = None
+    """suggested questions: a .jsonl of {"question": ..., "about": ..., "as": "chat" or "text"}"""
+
+
+# ----- which checkpoints -------------------------------------------------------------------------
+
+
+def read_accuracies(run: Path) -> dict[int, float]:
+    """Step -> share of right answers to validation prompts, where the run measured it."""
+    path = run / "metrics.jsonl"
+    rows = [row for _, row in read_jsonl(path)] if path.is_file() else []
+    return {row["step"]: row["val_answer_accuracy"] for row in rows if "val_answer_accuracy" in row}
+
+
+def choose_steps(steps: list[int], accuracies: dict[int, float], n: int = BETWEEN) -> list[int]:
+    """At most n of the steps before the last one, where the accuracy moves; and the last one.
+
+    The picks divide the accumulated change of the accuracy evenly, from 0 at step 0. Evenly
+    spaced steps, which decide between equals, would miss a rise that takes only a few steps.
+
+    >>> choose_steps([10, 20, 30, 40, 50, 60], {10: 0, 20: 0, 30: 0.5, 40: 0.9, 50: 0.9}, n=2)
+    [30, 40, 60]
+    """
+    *between, last = steps
+    known = sorted(({0: 0.0} | accuracies).items())
+    at, values = zip(*known)
+    change = [0, *itertools.accumulate(abs(b - a) for a, b in itertools.pairwise(values))]
+    moved = dict(zip(steps, np.interp(steps, at, change)))  # of each step, since step 0
+    chosen = []
+    for share in [(i + 1) / (n + 1) for i in range(min(n, len(between)))]:
+        left = [step for step in between if step not in chosen]
+        chosen.append(min(left, key=lambda step: (
+            abs(moved[step] - share * moved[last]), abs(step - share * last))))
+    return [*sorted(chosen), last]
+
+
+# ----- what the page holds -----------------------------------------------------------------------
+
+
+def load_bytes_model(folder: str | Path) -> Assistant:
+    """UserError: no model there, or one of another encoding."""
+    if not Path(folder).exists():
+        raise UserError(f"--models {folder}: no such folder")
+    if (name := read_config(find_model(str(folder))).get("encoding", "gpt2")) != "bytes":
+        raise UserError(f"--models {folder}: the encoding is {name}, but the page reads bytes; "
+                        "prepare the data with --encoding bytes")
+    return load_assistant(str(folder))
+
+
+def weights_of(model: GPT) -> str:
+    """Base64 of all weights in half precision, little endian, in the order of model.py.
+
+    Only the ids in use have rows, and the head is tied to the embedding: it is not repeated.
+    """
+    state = model.state_dict()
+    del state["lm_head.weight"]
+    state["transformer.wte.weight"] = state["transformer.wte.weight"][: model.config.n_vocab]
+    flat = torch.cat([tensor.flatten() for tensor in state.values()]).half()
+    if not flat.isfinite().all():
+        raise UserError("--models: a weight is too large for half precision, or not a number")
+    return base64.b64encode(flat.numpy().astype("<f2").tobytes()).decode()
+
+
+def read_questions(path: str | None) -> list[dict]:
+    """UserError: no such file, or a row that is not a question."""
+    questions = []
+    for place, row in read_jsonl(require_file(Path(path))) if path else []:
+        row = {"about": "", "as": "chat"} | row if isinstance(row, dict) else {}
+        question, about, mode = (row.get(key) for key in ("question", "about", "as"))
+        if not (isinstance(question, str) and question and isinstance(about, str)):
+            raise UserError(f"{place}: needs a `question`, a text, and may have `about`, a text")
+        if mode not in ("chat", "text"):
+            raise UserError(f"{place}: `as` is {mode!r}, but must be 'chat' or 'text'")
+        questions.append({"question": question, "about": about, "as": mode})
+    return questions
+
+
+def page_data(config: Config) -> tuple[dict, list[str]]:
+    """What the page shows, and the weights of each checkpoint, the base first."""
+    base, run = load_bytes_model(config.models[0]), Path(config.models[1])
+    folders = {int(path.name[5:]): path for path in checkpoints(run)}
+    if not folders:
+        raise UserError(f"--models {run}: no step_* checkpoints; give the --out folder of a "
+                        "train_sft.py run")
+    accuracies = read_accuracies(run)
+    steps = choose_steps(list(folders), accuracies)
+    check_size(base.model, 1 + len(steps))
+    tuned = {step: load_bytes_model(folders[step]) for step in steps[-1:] + steps[:-1]}
+    sizes, template = dataclasses.asdict(base.model.config), tuned[steps[-1]].template
+    for step, assistant in tuned.items():
+        check_fit(folders[step], assistant, sizes)
+    before, after = template_around(base.encoding, template)
+    models = {0: base.model} | {step: tuned[step].model for step in steps}
+    data = {
+        "config": sizes,
+        "specials": SPECIALS,  # the ids from 256 on
+        "stops": stop_ids(base.encoding, template),
+        "template": {"name": template, "before": before, "after": after},
+        "questions": read_questions(config.questions),
+        "checkpoints": [{"step": step, "accuracy": accuracies.get(step)} for step in models],
+    }
+    return data, [weights_of(model) for model in models.values()]
+
+
+def template_around(encoding, template: str) -> tuple[list[int], list[int]]:
+    """The ids that the template puts before and after a question: bytes never merge with it."""
+    ids = render_prompt(encoding, [{"role": "user", "content": "\0"}], template)
+    return ids[: ids.index(0)], ids[ids.index(0) + 1 :]
+
+
+def check_fit(folder: Path, assistant: Assistant, sizes: dict) -> None:
+    if assistant.template is None:
+        raise UserError(f"--models {folder}: it has no template, so it is not fine-tuned; give the "
+                        "base first and the train_sft.py run second")
+    for name, size in dataclasses.asdict(assistant.model.config).items():
+        if size != sizes[name]:
+            raise UserError(f"--models {folder}: {name} is {size}, but the base has {sizes[name]}; "
+                            "give the base that the run started from")
+
+
+def check_size(model: GPT, n_models: int) -> None:
+    """UserError before anything is converted."""
+    n = sum(p.numel() for p in model.parameters())
+    need = len(PAGE.read_bytes()) + n_models * n * 2 * 4 / 3  # 2 bytes each; base64: 4 for 3
+    if need > MAX_BYTES:
+        raise UserError(f"--models: {n_models} models of {n:,} weights make a page of "
+                        f"{need / 1e6:,.1f} MB, more than {MAX_BYTES / 1e6:.0f} MB; train a "
+                        "smaller model")
+
+
+# ----- the page ----------------------------------------------------------------------------------
+
+
+def write_page(path: Path, data: dict, weights: list[str]) -> int:
+    """playground.html with its data, written atomically; returns its size in bytes."""
+    lines = (f'<script type="text/plain" data-weights="{i}">{text}</script>'
+             for i, text in enumerate(weights))
+    as_json = json.dumps(data).replace("<", "\\u003c")  # without `<`, text stays text
+    page = PAGE.read_text("utf-8").replace("__WEIGHTS__", "\n".join(lines))
+    page = page.replace("__DATA__", as_json).encode()
+    tmp = path.with_name(f"{path.name}.tmp{os.getpid()}")
+    try:
+        tmp.write_bytes(page)
+        tmp.replace(path)
+    except OSError as error:
+        tmp.unlink(missing_ok=True)
+        raise UserError(f"--out {path}: {error.strerror}") from error
+    return len(page)
+
+
+def main(config: Config) -> None:
+    path = Path(config.out)
+    if path.is_dir():
+        raise UserError(f"--out {path} is a folder; name a file in it")
+    if not path.parent.is_dir():
+        raise UserError(f"--out {path}: the folder {path.parent} does not exist; create it first")
+    data, weights = page_data(config)
+    size = write_page(path, data, weights)
+    steps = ", ".join(str(checkpoint["step"]) for checkpoint in data["checkpoints"][1:])
+    print(f"{path}: {size / 1e6:.1f} MB, the base and steps {steps}; open it in a browser")
+
+
+if __name__ == "__main__":
+    run_cli(main, Config)
