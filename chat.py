@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Iterator
 
 from nanosft.assistant import cut_prompt, load_assistant
-from nanosft.cli import UserError, run_cli
+from nanosft.cli import UserError, one_line, require_at_least, run_cli
 from tokenizer import render_prompt, stop_ids
 from train_gpt2 import setup_distributed
 
@@ -103,6 +103,9 @@ def say(chat: Chat, text: str) -> None:
 
 
 def main(config: Config) -> None:
+    require_at_least(config, 1, "top_k", "max_new_tokens")
+    require_at_least(config, 0, "temperature")
+    require_at_least(config, 0, "top_p", most=1)
     chat = Chat(config)
     if chat.template is None:
         print("(a base model, not fine-tuned on chats: it continues your text)")
@@ -124,7 +127,7 @@ def main(config: Config) -> None:
             else:
                 say(chat, text)
         except UserError as error:
-            print(f"({error})")
+            print(f"({one_line(str(error))})")
         except KeyboardInterrupt:
             print("\n(stopped)")
 

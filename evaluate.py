@@ -132,6 +132,7 @@ def summarize(records: list[dict], how: str) -> dict:
 def main(config: Config) -> None:
     # --- 1. model and rows ---
     require_at_least(config, 1, "batch_size", "max_new_tokens", "max_examples")
+    require_at_least(config, 0, "temperature")
     ranks = setup_distributed(config.device)
     assistant = load_assistant(config.model, ranks.device)
     assistant = assistant._replace(template=config.template or assistant.template or "chat")

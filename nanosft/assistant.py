@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from model import GPT
-from nanosft.cli import UserError
+from nanosft.cli import UserError, one_line
 from nanosft.weights import find_model, pad_vocab, read_config
 from tokenizer import ENCODINGS, TEMPLATES, get_encoding, stop_ids
 
@@ -59,9 +59,9 @@ def cut_prompt(ids: list[int], room: int, block_size: int, where: str) -> list[i
     """Cut a prompt on the left to leave `room` tokens for the answer; warn if it was cut."""
     keep = max(1, block_size - room)
     if len(ids) > keep:
-        print(f"{where}: the prompt has {len(ids)} tokens, but the model has {block_size} "
-              f"positions and the answer needs up to {room}; cut the first {len(ids) - keep} "
-              "tokens of the prompt", file=sys.stderr)
+        print(one_line(f"{where}: the prompt has {len(ids)} tokens, but the model has {block_size} "
+                       f"positions and the answer needs up to {room}; cut the first "
+                       f"{len(ids) - keep} tokens of the prompt"), file=sys.stderr)
     return ids[-keep:]
 
 

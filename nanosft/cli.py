@@ -50,16 +50,31 @@ def require_choice(name: str, value, choices) -> None:
         raise UserError(f"--{name}: unknown {name} {value!r}; choose from {list(choices)}")
 
 
-def require_at_least(config, least: int, *names: str) -> None:
-    """UserError if one of these flags is set and below `least`."""
+def require_at_least(config, least: int, *names: str, most: float = 2**62) -> None:
+    """UserError if one of these flags is set and not from `least` to `most`; nan never is."""
     for name in names:
-        value = getattr(config, name)
-        if value is not None and value < least:
-            raise UserError(f"--{name} {value} must be at least {least}")
+        values = getattr(config, name)
+        for value in values if isinstance(values, tuple) else (values,):
+            if value is not None and not least <= value <= most:
+                limit = f" and at most {most:g}" if value > most else ""
+                raise UserError(f"--{name} {value} must be at least {least}{limit}")
+
+
+def one_line(message: str) -> str:
+    r"""A message without control characters and in at most 300 characters, besides the user's own
+    arguments in it. The middle is cut: the place stands at its start, what to do at its end.
+
+    >>> one_line("a.jsonl line 3: \x1b[2J is no role")
+    'a.jsonl line 3: \\x1b[2J is no role'
+    """
+    limit = 300 + sum(len(word) for word in set(sys.argv[1:]) if word in message)
+    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
+    return shown if len(shown) <= limit else f"{shown[: limit - 143]} … {shown[-140:]}"
 
 
 def exit_with(message: str) -> NoReturn:
     """Print `error: message`, once for all ranks with the same message; exit with code 2."""
+    message = one_line(message)
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world_size == 1 or is_first_to_report(message):
         where = f" (rank {rank} on {socket.gethostname()})" if rank else ""

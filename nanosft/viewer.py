@@ -24,7 +24,7 @@ import torch
 
 from model import isolated_positions
 from nanosft.assistant import Assistant
-from nanosft.cli import UserError
+from nanosft.cli import UserError, one_line
 from nanosft.sources import Report
 from packing import LAYOUTS
 from tokenizer import get_encoding
@@ -310,13 +310,13 @@ def print_counts(kept: int, report: Report) -> None:
     n_bad = sum(reasons.values())
     print(f"read {kept + n_bad:,} rows: {kept:,} kept, {n_bad:,} rejected")
     for line in report.bad:
-        print(f"  rejected {line}")
+        print(one_line(f"  rejected {line}"))
     for reason, n in list(reasons.items())[:10] if n_bad > len(report.bad) else []:
-        print(f"  rejected {n:,} x {reason}")
+        print(one_line(f"  rejected {n:,} x {reason}"))
     for source, n in sources.items() if len(sources) > 1 else []:
         print(f"  {n:,} kept of {source}")
     if unused:
-        names = ", ".join(f"{name} {n:,}" for name, n in unused.items())
+        names = ", ".join(one_line(f"{name} {n:,}") for name, n in unused.items())
         print(f"not used (rows with text there): {names}")
     repeated, seen = report.copies()
     if repeated or seen:

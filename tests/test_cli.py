@@ -17,7 +17,7 @@ import pytest
 import torch.distributed as dist
 from helpers_training import TINY, flip_a_bit, text_folder
 
-from nanosft.cli import UserError, exit_with, require_at_least, require_choice, run_cli
+from nanosft.cli import UserError, exit_with, one_line, require_at_least, require_choice, run_cli
 
 ROOT = Path(__file__).parent.parent
 
@@ -89,6 +89,28 @@ def test_reader_that_closes_the_pipe_is_no_error():
         process.stdout.close()
         assert process.stderr.read() == ""
     assert process.returncode == 0
+
+
+def test_message_is_short_and_holds_no_control_character(monkeypatch, capsys):
+    r"""Escape sequences, a newline, right-to-left marks and lone surrogates are escaped."""
+    path = "/data/" + "long/" * 100 + "a.jsonl"
+    monkeypatch.setattr("sys.argv", ["command.py", "--source", path])
+    value = "\x1b[2J\nerror: \u202eabc\udc80é" * 100_000
+    with pytest.raises(SystemExit):
+        exit_with(f"{path} line 3: `{value}` is no role; use --on_bad_row skip")
+    line = capsys.readouterr().err
+    assert line.startswith(f"error: {path} line 3: `\\x1b[2J\\nerror: \\u202eabc\\udc80é")
+    assert line.endswith("is no role; use --on_bad_row skip\n")
+    assert len(line) <= 300 + len(path) + len("error: --source\n") and line[:-1].isprintable()
+    assert one_line("x" * 300) == "x" * 300 and len(one_line("x" * 301)) == 300
+
+
+def test_numbers_that_are_not_finite_are_out_of_every_range():
+    for value in (float("nan"), float("inf"), 10**30):
+        with pytest.raises(UserError, match=r"^--grad_clip .* must be at least 0"):
+            require_at_least(SimpleNamespace(grad_clip=value), 0, "grad_clip")
+    with pytest.raises(UserError, match=r"^--seeds 3 must be at least 0 and at most 2$"):
+        require_at_least(SimpleNamespace(seeds=(1, 3)), 0, "seeds", most=2)
 
 
 def test_flags_out_of_range_are_named_with_their_limit():

@@ -38,7 +38,7 @@ import sft_data
 from model import GPT, GPTConfig
 from nanosft import fast
 from nanosft.checkpoint import peak_memory_gb
-from nanosft.cli import UserError, run_cli
+from nanosft.cli import UserError, require_at_least, run_cli
 from nanosft.forms import messages_of
 from nanosft.shards import Shards, ShardWriter, find_examples, read_meta, write_meta
 from nanosft.sources import read_rows
@@ -476,6 +476,10 @@ def main(config: Config) -> None:
         return print("\n" + json.dumps(measure(Config(**settings), job)))
     if unknown := set(config.only.split(",")) - set(COMPARISONS):
         raise UserError(f"--only: unknown {sorted(unknown)}; choose from {','.join(COMPARISONS)}")
+    require_at_least(config, 1, "n_layer", "n_head", "n_embd", "block_size", "batch_size", "steps",
+                     "repeats", "batches", "new_tokens", "prepare_times", most=10**8)
+    require_at_least(config, 0, "warmup", most=10**8)
+    require_at_least(config, 0, "trained_share", most=1)
     with tempfile.TemporaryDirectory() as folder, open(config.json or os.devnull, "a") as log:
         data = in_its_own_process(config, Job("data", "nanosft", folder))
         print(f"data: {config.data or 'random'}", data)
