@@ -25,7 +25,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanosft import fast, weights as weight_files
+from nanosft import fast, memory, weights as weight_files
 from nanosft.cli import UserError
 
 IGNORE_INDEX = -100  # marks targets left out of the loss, as in PyTorch and Hugging Face
@@ -103,6 +103,7 @@ class Block(nn.Module):
 class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
+        memory.require_weights(config)
         self.config = config
         self.transformer = nn.ModuleDict({
             "wte": nn.Embedding(config.vocab_size, config.n_embd),

@@ -31,6 +31,7 @@ from nanosft.assistant import (
 )
 from nanosft.cli import UserError, require_at_least, require_choice, run_cli
 from nanosft.forms import Counts, Reading, messages_of
+from nanosft.memory import require_row
 from nanosft.shards import (
     Shards,
     ShardWriter,
@@ -129,6 +130,7 @@ class SFTDataset(Dataset):
         self.data, self.split, self.block_size, self.layout = data, split, block_size, layout
         self.seed, self.epoch, self.loss_on, self.isolate = seed, epoch, loss_on, isolate
         self.drop_last, self.rows_per_step = drop_last, rows_per_step
+        require_row(block_size)
         self.shards = Shards(data, split, "sft")
         self.meta = self.shards.meta
         self.eot = get_encoding(self.meta["encoding"]).eot_token
@@ -141,7 +143,7 @@ class SFTDataset(Dataset):
         self.n_truncated = self.n_dropped = 0
         if layout != "stream":
             self._drop_overlong(overlong)
-        self.lengths = np.minimum(self.full_lengths, block_size + 1)
+        self.lengths = np.minimum(self.full_lengths, np.int64(block_size + 1))
         if layout == "stream":
             self.lengths = self.full_lengths
         if not len(self.lengths):
@@ -332,6 +334,8 @@ def prepare(config: Config) -> None:
     if not 0 <= config.val_fraction < 1:
         raise UserError(f"--val_fraction {config.val_fraction} must be at least 0 and less than 1")
     require_at_least(config, 1, "workers", "shard_tokens", "block_size", "max_examples")
+    require_at_least(config, 0, "seed")
+    require_row(config.block_size)
     check_apart(config.source, config.val_source, config.subset)
     encoding = get_encoding(config.encoding)
     report = Report()
@@ -361,6 +365,8 @@ def row_opener(config: Config, data: str, split: str) -> Callable[..., SFTDatase
 
 def show(config: Config) -> None:
     """--show N: the first N rows of --data as text or, with --html, as a page."""
+    require_at_least(config, 0, "seed")
+    require_at_least(config, 1, "block_size")
     if config.show < 1 or not config.data:
         raise UserError(f"--show {config.show} must be at least 1, and needs --data, a folder made "
                         "with --source and --out")
