@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from nanosft.cli import UserError, require_at_least
-from nanosft.shards import check_empty
+from nanosft.shards import check_empty, verify, write_sums
 from nanosft.weights import checkpoints, pad_vocab
 
 VERSION = 2  # of training_state.pt
@@ -33,7 +33,7 @@ VERSION = 2  # of training_state.pt
 def new_checkpoint(out: str, step: int, keep: int = 0) -> Iterator[Path]:
     """A temporary folder that becomes OUT/step_000500, complete or not at all.
 
-    keep: how many checkpoints to leave in OUT; 0: all.
+    keep: how many of the latest checkpoints to leave in OUT, besides the best one; 0: all.
     """
     folder = Path(out) / f"step_{step:06d}"
     for left_behind in Path(out).glob("tmp_step_*"):  # by a run that was killed while saving
@@ -41,13 +41,32 @@ def new_checkpoint(out: str, step: int, keep: int = 0) -> Iterator[Path]:
     tmp = folder.with_name(f"tmp_{folder.name}")
     tmp.mkdir(parents=True)
     yield tmp
+    write_sums(tmp, tmp.iterdir())
     for path in [*tmp.iterdir(), tmp]:
         flush(path)
     shutil.rmtree(folder, ignore_errors=True)
     tmp.rename(folder)
     flush(folder.parent)
+    _, best = best_checkpoint(out) if keep else (None, None)
     for old in checkpoints(out)[:-keep] if keep else []:
-        shutil.rmtree(old)
+        if old != best:
+            shutil.rmtree(old)
+
+
+def best_checkpoint(out: str) -> tuple[float, Path | None]:
+    """The lowest val_loss at the step of a checkpoint, and that checkpoint; None: no evaluation."""
+    log, folders = Path(out) / "metrics.jsonl", {int(f.name[5:]): f for f in checkpoints(out)}
+    lines = log.open(encoding="utf-8") if log.exists() else []
+    rows = [json.loads(line) for line in lines if '"val_loss"' in line and line.endswith("\n")]
+    found = [(row["val_loss"], folders[row["step"]]) for row in rows
+             if row["step"] in folders and row["val_loss"] < math.inf]
+    return min(found, default=(math.inf, None))
+
+
+def best_note(out: str) -> str:
+    """The model to try next: the best checkpoint, or else the run."""
+    loss, best = best_checkpoint(out)
+    return out if best is None else f"{best}  # the lowest val_loss, {loss:.4f}"
 
 
 def flush(path: Path) -> None:
@@ -61,11 +80,11 @@ def read_state(folder: Path) -> dict:
     """training_state.pt of a checkpoint: version, step, optimizer, run."""
     path = folder / "training_state.pt"
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(verify(path), map_location="cpu", weights_only=True)
     except Exception as error:
-        reason = str(error).strip().partition("\n")[0]
+        reason = str(error).strip().partition("\n")[0].removeprefix(f"{path}: ")
         raise UserError(f"{path}: missing or damaged ({reason}); delete {folder}") from error
-    if (version := state.get("version", 1)) != VERSION:
+    if (version := state.get("version", 1) if isinstance(state, dict) else None) != VERSION:
         raise UserError(f"--resume: {path} has format version {version}, expected {VERSION}; "
                         f"start a new run with --init {folder}")
     return state
@@ -164,7 +183,9 @@ def check_flags(config, world_size: int) -> None:
     require_at_least(config, 1, "batch_size", "rows_per_step", "block_size", "epochs", "max_steps",
                      "n_layer", "n_head", "n_embd", "log_every")
     require_at_least(config, 0, "warmup_steps", "eval_every", "eval_tokens", "save_every", "keep",
-                     "weight_decay", "grad_clip")
+                     "seed", "grad_clip")
+    # an update of AdamW moves a weight by about the learning rate, and GPT-2's weights are near 0.1
+    require_at_least(config, 0, "learning_rate", "weight_decay", most=1)
     for name in ("n_layer", "n_head", "n_embd"):
         if config.init != "scratch" and getattr(config, name) is not None:
             raise UserError(f"--{name} {getattr(config, name)} is only for --init scratch; --init "

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,12 @@ import numpy as np
 from nanosft.cli import UserError
 
 FORMAT_VERSION = 1
+SUMS = "SHA256SUMS"  # of the files beside it, as `sha256sum -c SHA256SUMS` reads them
+N_VOCAB = {"gpt2": 50261, "bytes": 261}  # of tokenizer.py's encodings; a test compares them
+META = {  # key of meta.json: what it may be; None where it is absent
+    "kind": ("text", "sft"), "encoding": (None, *N_VOCAB),
+    "template": (None, "chat", "alpaca", "raw"), "train_on": (None, "all_turns", "last_turn"),
+}
 MADE_BY = {"text": "fineweb.py", "sft": "sft_data.py"}
 NDIM = {"text": 1, "sft": 2}
 
@@ -27,6 +33,22 @@ def sha256_of(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def write_sums(folder: Path, files: Iterable[Path]) -> None:
+    lines = [f"{sha256_of(path)}  {path.name}\n" for path in sorted(files)]
+    (folder / SUMS).write_text("".join(lines))
+
+
+def verify(path: Path) -> Path:
+    """The path. UserError if SHA256SUMS beside the file has another sum for it, or none."""
+    sums = path.with_name(SUMS)  # other programs' folders have no such file
+    if sums.is_file():
+        lines = sums.read_text(errors="replace").splitlines()
+        if f"{sha256_of(path)}  {path.name}" not in lines:
+            raise UserError(f"{path}: damaged or changed, its sha256 is not in {SUMS}; use another "
+                            f"copy or, if you changed it yourself, delete {SUMS}")
+    return path
 
 
 # ----- writing -----------------------------------------------------------------------------------
@@ -75,6 +97,7 @@ def write_meta(folder: Path, meta: dict) -> None:
     """Write meta.json, last and atomically: it marks the folder as complete."""
     tmp = folder / "meta.json.tmp"
     tmp.write_text(json.dumps({"version": FORMAT_VERSION, **meta}, indent=1) + "\n")
+    (folder / SUMS).write_text(f"{sha256_of(tmp)}  meta.json\n")  # meta.json has the shards' sums
     tmp.rename(folder / "meta.json")
 
 
@@ -113,15 +136,41 @@ def read_meta(data: str, kind: str) -> dict:
         raise UserError(f"--data {data} {state}; make it with {MADE_BY[kind]}")
     try:
         meta = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: damaged, not JSON ({error}); make the data again") from error
-    if (version := meta.get("version")) != FORMAT_VERSION:
+    if (version := meta.get("version") if isinstance(meta, dict) else None) != FORMAT_VERSION:
         raise UserError(f"{path}: format version {version}, expected {FORMAT_VERSION}; "
                         f"make the data again with {MADE_BY[kind]}")
+    check_meta(path, meta)
     if meta["kind"] != kind:
         raise UserError(f"--data {data} was made by {MADE_BY.get(meta['kind'])}; this command "
                         f"needs data made by {MADE_BY[kind]}")
+    verify(path)
     return meta
+
+
+def check_meta(path: Path, meta: dict) -> None:
+    """UserError unless the keys that readers use hold what they may hold."""
+    wrong = [key for key, choices in META.items() if meta.get(key) not in choices]
+    if not wrong and meta.get("vocab_size") != N_VOCAB.get(meta.get("encoding")):
+        wrong = ["vocab_size"]
+    if not are_splits(meta.get("splits")):
+        wrong.append("splits")
+    if wrong:
+        raise UserError(f"{path}: damaged ({wrong[0]} is {str(meta.get(wrong[0]))[:60]!r}); make "
+                        "the data again")
+
+
+def are_splits(splits) -> bool:
+    """Is it {split: {"tokens": 5, "files": [{"file": …, "tokens": 5, "sha256": …}]}, …}?"""
+    try:
+        return bool(splits) and all(
+            split["tokens"] == sum(shard["tokens"] for shard in split["files"]) > 0
+            and all(type(shard["tokens"]) is int and isinstance(shard["sha256"], str)
+                    and Path(shard["file"]).name == shard["file"] for shard in split["files"])
+            for split in splits.values())
+    except (AttributeError, KeyError, TypeError):
+        return False
 
 
 class Shards:
@@ -144,7 +193,9 @@ class Shards:
         path, tokens = self.folder / shard["file"], shard["tokens"]
         try:
             ids = np.load(path, mmap_mode="r")
-        except (OSError, ValueError, EOFError) as error:
+            if not isinstance(ids, np.ndarray):
+                raise ValueError("an archive")
+        except Exception as error:  # a damaged header makes numpy raise many types
             raise UserError(f"{path}: missing, truncated or not an .npy file ({error}); make the "
                             "data again") from error
         if ids.dtype != np.uint16 or ids.ndim != ndim:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nanosft.cli import UserError
+from nanosft.shards import SUMS, verify
 
 PAD_VOCAB_TO = 64  # the number of embedding rows is a multiple of this, for faster matmuls
 HUB_GPT2 = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # hub ids without an owner
@@ -75,15 +76,18 @@ def newest_checkpoint(run: str | Path) -> Path | None:
 def read_config(folder: Path) -> dict:
     """config.json of a model folder."""
     try:
-        return dict(json.loads((folder / "config.json").read_bytes()))
-    except (ValueError, TypeError) as error:
+        settings = dict(json.loads((folder / "config.json").read_bytes()))
+    except (ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{folder}/config.json: not a JSON object ({error})") from error
+    verify(folder / "config.json")
+    return settings
 
 
 def read_sizes(folder: Path) -> dict[str, int]:
     """The keyword arguments of model.GPTConfig. UserError: a model that GPT does not support."""
     settings = read_config(folder)
-    required = REQUIRED | {"n_inner": (None, 4 * settings.get("n_embd", 0))}
+    C = settings.get("n_embd")
+    required = REQUIRED | {"n_inner": (None, 4 * C if type(C) is int else None)}
     for key, allowed in required.items():
         if key in settings and settings[key] not in allowed:
             raise UserError(f"{folder}/config.json: {key} is {settings[key]!r}, but nanosft only "
@@ -93,9 +97,14 @@ def read_sizes(folder: Path) -> dict[str, int]:
         n_vocab, block_size = settings["vocab_size"], settings["n_positions"]
     except KeyError as error:
         raise UserError(f"{folder}/config.json: no {error}; is this a GPT-2?") from error
-    return {"block_size": block_size, "vocab_size": pad_vocab(n_vocab),
-            "n_vocab": settings.get("n_vocab", n_vocab),  # of checkpoints that held padding rows
-            **sizes}
+    sizes |= {"block_size": block_size, "vocab_size": n_vocab,
+              "n_vocab": settings.get("n_vocab", n_vocab)}  # of checkpoints that held padding rows
+    for key, value in sizes.items():
+        if type(value) is not int or not 1 <= value <= 2**31:
+            raise UserError(f"{folder}/config.json: {key} is {value!r}, not a size")
+    if sizes["n_vocab"] > n_vocab:
+        raise UserError(f"{folder}/config.json: n_vocab {sizes['n_vocab']} is above its vocab_size")
+    return sizes | {"vocab_size": pad_vocab(n_vocab)}
 
 
 def read_tensors(folder: Path, like: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -104,7 +113,10 @@ def read_tensors(folder: Path, like: dict[str, Tensor]) -> dict[str, Tensor]:
     Embedding rows missing from the file start at the mean of the rows it has.
     """
     found = {}
-    for path in sorted(folder.glob("*.safetensors")):
+    # a checkpoint of ours has one such file; others that a user puts beside it are not listed
+    for path in sorted(folder.glob("model.safetensors" if (folder / SUMS).is_file()
+                                   else "*.safetensors")):
+        verify(path)
         try:
             found |= load_file(path)
         except Exception as error:
@@ -119,7 +131,9 @@ def read_tensors(folder: Path, like: dict[str, Tensor]) -> dict[str, Tensor]:
         if key not in found:
             raise UserError(f"{folder}: the weights have no {key}; is this a GPT-2?")
         tensor = found[key].T.contiguous() if is_transposed(name) else found[key]
-        if key == "wte.weight" and len(tensor) < len(want):
+        if not tensor.isfinite().all():
+            raise UserError(f"{folder}: {key} holds a number that is not finite (inf or nan)")
+        if key == "wte.weight" and tensor.shape[1:] == want.shape[1:] and len(tensor) < len(want):
             mean = tensor.mean(0, keepdim=True)
             tensor = torch.cat([tensor, mean.expand(len(want) - len(tensor), -1)])
         if tensor.shape != want.shape:

@@ -39,7 +39,7 @@ def test_export_is_the_checkpoint_without_its_training_state(kind, more, runs, c
     assert found.keys() == WITHOUT_TEMPLATE | more
     step = newest_checkpoint(runs[kind])
     saved = {path.name: path.read_bytes() for path in step.iterdir()}
-    assert saved.keys() - found.keys() == {"training_state.pt"}
+    assert saved.keys() - found.keys() == {"training_state.pt", "SHA256SUMS"}
     assert all(saved[name] == found[name] for name in found)
     for a, b in zip(weights_of(tmp_path / "model"), weights_of(step), strict=True):
         assert torch.equal(a, b)

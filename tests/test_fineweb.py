@@ -107,7 +107,7 @@ def test_meta_json_describes_the_folder(jsonl, text_shards):
             "val": {"tokens": 4, "shards": 1, "files": [shard("val_000000.npy", 4)]},
         },
     }
-    names = ["meta.json", "train_000000.npy", "train_000001.npy", "val_000000.npy"]
+    names = ["SHA256SUMS", "meta.json", "train_000000.npy", "train_000001.npy", "val_000000.npy"]
     assert sorted(path.name for path in folder.iterdir()) == names
 
 

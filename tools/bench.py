@@ -46,7 +46,7 @@ import train_gpt2
 import train_sft
 from model import GPT, GPTConfig
 from nanosft.checkpoint import peak_memory_gb
-from nanosft.cli import UserError, run_cli
+from nanosft.cli import UserError, require_at_least, run_cli
 from nanosft.shards import ShardWriter, read_meta, write_meta
 from packing import LAYOUTS
 from tokenizer import get_encoding
@@ -143,7 +143,7 @@ def random_shards(folder: str, kind: str, n_examples: int, share: float, vocab_s
     writer = ShardWriter(Path(folder), "train", 1 << 40)
     writer.add((ids if kind == "text" else np.stack([ids, 100 * trained])).astype(np.uint16))
     split = writer.finish(examples=n_examples, trained_tokens=int(trained.sum()))
-    meta = {"kind": kind, "encoding": "bytes", "vocab_size": vocab_size, "template": "chat"}
+    meta = {"kind": kind, "encoding": "bytes", "vocab_size": 261, "template": "chat"}
     write_meta(Path(folder), meta | {"source": ["tools/bench.py"], "splits": {"train": split}})
 
 
@@ -216,7 +216,9 @@ def measure_training(config: Config, path: str, T: int, share: float = TRAINED, 
     with tempfile.TemporaryDirectory() as folder:
         kind = "text" if path == "pretrain" else "sft"
         random_shards(folder, kind, n_examples, share, config.vocab_size)
-        return measure_steps(config, *open_training(path, folder, **flags))
+        c, rows, forward = open_training(path, folder, **flags)
+        rows.meta["vocab_size"] = config.vocab_size  # of the model: the ids are random anyway
+        return measure_steps(config, c, rows, forward)
 
 
 def measure_steps(config: Config, c, rows, forward: Callable) -> dict:
@@ -410,6 +412,10 @@ def main(config: Config) -> None:
         return print(json.dumps(measure(Config(**settings | {"job": config.job}), job)))
     if unknown := set(config.only.split(",")) - set(PATHS):
         raise UserError(f"--only: unknown {sorted(unknown)}; choose from {','.join(PATHS)}")
+    require_at_least(config, 1, "n_layer", "n_head", "n_embd", "vocab_size", "block_size",
+                     "lengths", "batch_size", "rows_per_step", "steps", "new_tokens",
+                     "prepare_rows", "pack_examples", most=10**8)
+    require_at_least(config, 0, "warmup", most=10**8)
     if config.rows_per_step % config.batch_size:
         raise UserError(f"--rows_per_step {config.rows_per_step} is not a multiple of --batch_size "
                         f"{config.batch_size}; change one")
