@@ -30,7 +30,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from model import GPT, IGNORE_INDEX, GPTConfig
-from nanosft import checkpoint
+from nanosft import checkpoint, finite, memory
 from nanosft.cli import UserError, run_cli
 from nanosft.hf_tokenizer import save_model
 from nanosft.shards import Shards, read_meta
@@ -80,7 +80,7 @@ class Config:
     save_every: int = 1000
     """steps between checkpoints; 0: only at the end"""
     keep: int = 0
-    """keep only this many of the latest checkpoints; 0: all"""
+    """keep only this many of the latest checkpoints, and the lowest val_loss; 0: all"""
     log_every: int = 10
     """steps between printed lines (metrics.jsonl has every step)"""
     wandb: str | None = None
@@ -324,12 +324,13 @@ def train_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer,
     loss = ranks.sum(loss) / total_weight
 
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
     _, tokens, trained = counts.tolist()
     loss, norm = torch.stack([loss, norm]).tolist()  # the step's only wait for the device
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    if math.isfinite(loss + norm):  # no other number reaches the weights; `train` stops the run
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
     return {"loss": loss, "lr": lr, "grad_norm": norm, "tokens": tokens, "trained_tokens": trained}
 
 
@@ -393,11 +394,12 @@ def save_checkpoint(out: str, step: int, model: GPT, optimizer: torch.optim.Opti
                     keep: int = 0, card: str = "", **settings) -> Path:
     """OUT/step_000500: a Hugging Face folder plus training_state.pt; complete or not at all.
 
-    keep: how many checkpoints to leave in OUT; 0: all. card: the text of README.md. settings:
-    `encoding` and `template`, if any, and extra keys of config.json.
+    keep: how many checkpoints to leave in OUT besides the best; 0: all. card: the text of
+    README.md. settings: `encoding` and `template`, if any, and extra keys of config.json.
     """
     state = {"version": checkpoint.VERSION, "step": step, "optimizer": optimizer.state_dict(),
              "run": run}
+    finite.require_finite_state(f"step {step} is not saved", model, optimizer)
     with checkpoint.new_checkpoint(out, step, keep) as folder:
         save_model(folder, model, **settings)  # weights, config and tokenizer
         if card:
@@ -449,6 +451,7 @@ def train(config: Config, open_rows: Callable, forward: Callable, judge: Callabl
     # --- 3. print the plan ---
     n_params = sum(p.numel() for p in gpt.parameters())
     ranks.print(f"model  {n_params:,} parameters from {config.init}, {gpt.config}")
+    ranks.print(f"memory {memory.require_training(gpt.config, config, ranks)}")
     ranks.print(f"data   {config.data}: {rows.describe()}")
     ranks.print(f"plan   {n_steps} steps of {config.rows_per_step} rows of {config.block_size} "
                 f"tokens; {steps_per_epoch(rows, config)} steps per epoch; {ranks.world_size} "
@@ -471,27 +474,29 @@ def train(config: Config, open_rows: Callable, forward: Callable, judge: Callabl
     for step in tqdm(range(done + 1, n_steps + 1), initial=done, total=n_steps, unit="step",
                      leave=False, disable=None if ranks.is_main else True):  # None: TTY only
         lr = get_lr(step - 1, n_steps, config)
-        metrics = {"step": step}
-        metrics |= train_step(model, optimizer, next(micro_batches), lr, config.grad_clip, ranks,
-                              forward)
+        metrics, batches = {"step": step}, next(micro_batches)
+        metrics |= train_step(model, optimizer, batches, lr, config.grad_clip, ranks, forward)
         metrics["dt"] = time.perf_counter() - clock
         metrics["tokens_per_s"] = metrics["tokens"] / metrics["dt"]
-        if not math.isfinite(metrics["loss"]):
-            raise UserError(f"step {step}: the loss is {metrics['loss']}; lower --learning_rate")
+        if not math.isfinite(metrics["loss"] + metrics["grad_norm"]):
+            raise finite.bad_step(metrics, batches, rows, config, gpt, forward, ranks)
+        saves = is_due(step, config.save_every, n_steps)
+        if saves or is_due(step, config.eval_every, n_steps):
+            finite.require_usable(step, batches[0], gpt, forward, ranks)
         if is_due(step, config.eval_every, n_steps):
             metrics |= assess()
         clock = time.perf_counter()  # dt includes loading, logging and saving, but not evaluation
         if log:
             log.write(metrics)
-        if log and is_due(step, config.save_every, n_steps):
+        if log and saves:
             card = checkpoint.model_card(run, rows.meta, metrics)
             save_checkpoint(config.out, step, gpt, optimizer, run, config.keep, card, **names)
 
     if log:
         log.close()
-    memory = checkpoint.peak_memory_gb(ranks.device)
-    ranks.print(f"done: {newest_checkpoint(config.out)} (peak memory of rank 0: {memory:.2f} GB)")
-    ranks.print(f"next: python chat.py --model {config.out}")
+    peak = checkpoint.peak_memory_gb(ranks.device)
+    ranks.print(f"done: {newest_checkpoint(config.out)} (peak memory of rank 0: {peak:.2f} GB)")
+    ranks.print(f"next: python chat.py --model {checkpoint.best_note(config.out)}")
     ranks.finish()
 
 

@@ -406,9 +406,9 @@ def test_resume_refuses_other_flags_and_other_data(refused, command, data, sft_s
     flags = ["--data", data, *SCRATCH]
     assert command(train_sft, *flags).code == 0  # one step
     assert "exists and is not empty" in refused(train_sft, *flags)
-    for name, was in (("seed", 0), ("block_size", 8), ("learning_rate", 5e-05)):
-        line = refused(train_sft, *flags, "--resume", f"--{name}", 7)
-        assert line.startswith(f"--resume: {name} is 7")
+    for name, value, was in (("seed", 7, 0), ("block_size", 7, 8), ("learning_rate", 0.7, 5e-05)):
+        line = refused(train_sft, *flags, "--resume", f"--{name}", value)
+        assert line.startswith(f"--resume: {name} is {value}")
         assert f", but {was} in the run in --out; " in line
     line = refused(train_sft, *flags, "--resume", "--layout", "pad")
     assert line.startswith("--resume: layout is pad, but fit in the run in --out")

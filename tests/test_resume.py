@@ -186,6 +186,7 @@ def test_checkpoint_of_another_version_is_refused_by_resume_and_loads_with_init(
         version, data, whole, tmp_path):
     out = shutil.copytree(whole["sft"], tmp_path / "out")
     path = out / "step_000009" / "training_state.pt"
+    (path.parent / "SHA256SUMS").unlink()  # earlier versions have none
     state = torch.load(path) | {"version": version}
     if version is None:  # the first format had no version
         del state["version"]
@@ -369,8 +370,9 @@ def test_checkpoint_is_flushed_before_it_is_renamed(tmp_path, monkeypatch):
     saved = save_checkpoint(str(tmp_path), 1, model, optimizer, {}, card="# a card",
                             encoding="bytes", template="chat")
     assert saved == tmp_path / "step_000001"
-    files = ["README.md", "chat_template_generation.jinja", "config.json", "generation_config.json",
-             "model.safetensors", "tokenizer.json", "tokenizer_config.json", "training_state.pt"]
+    files = ["README.md", "SHA256SUMS", "chat_template_generation.jinja", "config.json",
+             "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+             "training_state.pt"]
     assert sorted(path.name for path in (tmp_path / "step_000001").iterdir()) == files
     assert all((tmp_path / "step_000001" / name).stat().st_ino in flushed for name in files)
     assert flushed[-1] == tmp_path.stat().st_ino
@@ -461,7 +463,7 @@ def test_sizes_that_are_not_given_are_those_of_gpt2():
     ({"keep": -1}, "--keep -1 must be at least 0"),
     ({"log_every": 0}, "--log_every 0 must be at least 1"),
     ({"device": "cuda:99"}, "--device cuda:99: not available here"),
-    ({"learning_rate": 1e30, "grad_clip": 0.0}, "step .: the loss is .*; lower --learning_rate"),
+    ({"learning_rate": 1e30}, r"--learning_rate 1e\+30 must be at least 0 and at most 1"),
 ])
 def test_users_mistake_is_a_user_error_of_one_line(flags, message, data, tmp_path):
     with pytest.raises(UserError, match=message) as error:
