@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from nanosft.cli import UserError
+from nanosft.weights import is_finite
 from tokenizer import get_encoding
 
 ADVICE = "lower --learning_rate, lengthen --warmup_steps or set --grad_clip 1"
@@ -16,7 +17,7 @@ ADVICE = "lower --learning_rate, lengthen --warmup_steps or set --grad_clip 1"
 def require_finite(where: str, tensors: Iterable[tuple[str, Tensor]]) -> None:
     """UserError with the name of a tensor that holds an infinite number or NaN."""
     for name, tensor in tensors:
-        if not tensor.isfinite().all():
+        if not is_finite(tensor):
             raise UserError(f"{where}: {name} holds a number that is not finite")
 
 

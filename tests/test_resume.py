@@ -371,8 +371,8 @@ def test_checkpoint_is_flushed_before_it_is_renamed(tmp_path, monkeypatch):
                             encoding="bytes", template="chat")
     assert saved == tmp_path / "step_000001"
     files = ["README.md", "SHA256SUMS", "chat_template_generation.jinja", "config.json",
-             "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
-             "training_state.pt"]
+             "generation_config.json", "model.safetensors", "tokenizer.json",
+             "tokenizer_config.json", "training_state.pt"]
     assert sorted(path.name for path in (tmp_path / "step_000001").iterdir()) == files
     assert all((tmp_path / "step_000001" / name).stat().st_ino in flushed for name in files)
     assert flushed[-1] == tmp_path.stat().st_ino
