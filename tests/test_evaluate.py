@@ -200,7 +200,7 @@ GOOD = {"prompt": "a", "response": "b"}
     ([GOOD], ["--batch_size", -1], "--batch_size -1 must be at least 1"),
     ([GOOD], ["--max_new_tokens", 0], "--max_new_tokens 0 must be at least 1"),
     ([GOOD], ["--max_examples", 0], "--max_examples 0 must be at least 1"),
-    ([GOOD], ["--temperature", -1], "temperature -1.0 must not be negative"),
+    ([GOOD], ["--temperature", -1], "--temperature -1.0 must be at least 0"),
     ([GOOD], ["--model", "./nowhere"], "nowhere: no model found"),
     ([GOOD], ["--model", "./other_vocabulary"], "384 ids, but its encoding bytes has 320"),
     ([GOOD], ["--model", "./other_encoding"], "unknown encoding 'latin1'"),
