@@ -53,8 +53,10 @@ class Yard:
                 *COMMAND_LINE, "--data", self.text, "--out", out, "--resume"]
         for key, value in (FLAGS | flags).items():
             call += [f"--{key}", value]
+        # without this variable, torchrun's own restart fails often
+        env = os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
         with open(f"{out}.log", "a") as log:
-            return subprocess.Popen(list(map(str, call)), cwd=ROOT, stdout=log, stderr=log)
+            return subprocess.Popen(list(map(str, call)), cwd=ROOT, env=env, stdout=log, stderr=log)
 
 
 def check(holds: bool, what: str) -> None:
