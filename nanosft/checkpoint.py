@@ -225,7 +225,7 @@ def check_start(config, run: dict, done: int, model: torch.nn.Module) -> list[st
 
     Only the first rank's disk counts: it writes --out. --data and --out may be other paths.
     """
-    data = hashlib.sha256("".join(run["data_sha256"]).encode()).hexdigest()[:12]
+    data = hashlib.sha256("".join(run.get("data_sha256", [])).encode()).hexdigest()[:12]
     mine = {key: str(value) for key, value in run.items() if key not in ("data", "out")}
     mine = {"step": done} | mine | {"data_sha256": data}
     everyone = gather((socket.gethostname(), mine, free_bytes(Path(config.out))))
@@ -236,7 +236,7 @@ def check_start(config, run: dict, done: int, model: torch.nn.Module) -> list[st
                             f"on {host} has {first[key]}; use the same flags and data everywhere, "
                             "and for --resume an --out on a file system that all machines share")
 
-    size, steps = bytes_of(model), run["steps"] - done
+    size, steps = bytes_of(model), run.get("steps", done) - done  # tools.bench is no run
     saves = math.ceil(steps / (config.save_every or steps or 1))
     copies = min(saves, config.keep + 1) if config.keep else saves
     least = size * min(copies, 1 if done else 2)  # a checkpoint and its temporary copy
