@@ -15,6 +15,7 @@ import dataclasses
 import itertools
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -31,8 +32,9 @@ from tqdm import tqdm
 
 from model import GPT, IGNORE_INDEX, GPTConfig
 from nanosft import checkpoint, finite, memory
-from nanosft.cli import UserError, run_cli
+from nanosft.cli import UserError, minutes, run_cli
 from nanosft.hf_tokenizer import save_model
+from nanosft.process import Stop
 from nanosft.shards import Shards, read_meta
 from nanosft.weights import newest_checkpoint, pad_vocab
 from tokenizer import get_encoding
@@ -66,6 +68,8 @@ class Config:
     epochs: int = 1
     max_steps: int | None = None
     """optimizer steps; overrides --epochs"""
+    max_minutes: float | None = None
+    """stop after this time with a checkpoint, from which --resume continues"""
     learning_rate: float = 6e-4
     """peak, reached at the end of the warm-up"""
     warmup_steps: int = 715
@@ -87,6 +91,8 @@ class Config:
     """also log to this project of Weights & Biases (pip install wandb)"""
     device: str = "auto"
     """auto, cuda, mps or cpu"""
+    dist_timeout: float = 10
+    """minutes that a rank waits for the others; must be longer than saving a checkpoint"""
     compile: bool = False
     """torch.compile the blocks: slower to start, faster steps on a GPU"""
 
@@ -101,6 +107,7 @@ class Ranks:
     rank: int
     world_size: int
     device: torch.device
+    stop: Stop = dataclasses.field(default_factory=Stop)
 
     @property
     def is_main(self) -> bool:
@@ -137,7 +144,7 @@ class Ranks:
             dist.destroy_process_group()
 
 
-def setup_distributed(device: str = "auto") -> Ranks:
+def setup_distributed(device: str = "auto", dist_timeout: float = 10) -> Ranks:
     """Read torchrun's environment; start NCCL on GPUs, Gloo on a CPU. One process needs neither."""
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if device == "auto":
@@ -155,7 +162,8 @@ def setup_distributed(device: str = "auto") -> Ranks:
         torch.cuda.set_device(torch_device)
         torch.set_float32_matmul_precision("high")
     if world_size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if torch_device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if torch_device.type == "cuda" else "gloo",
+                                timeout=minutes("dist_timeout", dist_timeout))
     return Ranks(rank, world_size, torch_device)
 
 
@@ -292,11 +300,12 @@ def forward_text(model, x, y, weights=None, segments=None) -> tuple[Tensor, Tens
 
 
 def count_step(micro_batches: list[MicroBatch], ranks: Ranks) -> Tensor:
-    """(3,) int64 over all ranks: the targets' weight in percent, tokens, trained tokens."""
-    counts = torch.zeros(3, dtype=torch.int64)
+    """(4,) int64 over all ranks: the targets' weight in percent, tokens, trained tokens, and
+    whether any rank was asked to stop."""
+    counts = torch.tensor([0, 0, 0, ranks.stop.asked()])
     for batch in micro_batches:
         trained = int((batch.y != IGNORE_INDEX).sum())
-        counts += torch.tensor([batch.weight_percent(), batch.n_tokens, trained])
+        counts += torch.tensor([batch.weight_percent(), batch.n_tokens, trained, 0])
     return ranks.sum(counts.to(ranks.device))
 
 
@@ -324,7 +333,7 @@ def train_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer,
     loss = ranks.sum(loss) / total_weight
 
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-    _, tokens, trained = counts.tolist()
+    _, tokens, trained, ranks.stop.agreed = counts.tolist()
     loss, norm = torch.stack([loss, norm]).tolist()  # the step's only wait for the device
     for group in optimizer.param_groups:
         group["lr"] = lr
@@ -384,9 +393,8 @@ def new_or_resumed(config: Config, ranks: Ranks, meta: dict, run: dict) -> tuple
     done = state["step"] if resumed else 0
     if resumed:
         optimizer.load_state_dict(state["optimizer"])
-    if ranks.sum(torch.tensor(done, device=ranks.device)) != done * ranks.world_size:
-        raise UserError(f"--resume: this rank found step {done} in {config.out}, others did not; "
-                        "--out must be on a file system that all machines share")
+    for warning in checkpoint.check_start(config, run, done, model):
+        ranks.print(f"warning: {warning}")
     return model, optimizer, done
 
 
@@ -400,7 +408,7 @@ def save_checkpoint(out: str, step: int, model: GPT, optimizer: torch.optim.Opti
     state = {"version": checkpoint.VERSION, "step": step, "optimizer": optimizer.state_dict(),
              "run": run}
     finite.require_finite_state(f"step {step} is not saved", model, optimizer)
-    with checkpoint.new_checkpoint(out, step, keep) as folder:
+    with checkpoint.new_checkpoint(out, step, keep, checkpoint.bytes_of(model)) as folder:
         save_model(folder, model, **settings)  # weights, config and tokenizer
         if card:
             (folder / "README.md").write_text(card, encoding="utf-8")
@@ -438,7 +446,7 @@ def train(config: Config, open_rows: Callable, forward: Callable, judge: Callabl
     judge(model, meta, val, config, ranks) -> metrics to add to an evaluation
     """
     # --- 1. ranks and rows ---
-    ranks = setup_distributed(config.device)
+    ranks = setup_distributed(config.device, config.dist_timeout)
     checkpoint.check_flags(config, ranks.world_size)
     rows, val = open_rows(config, "train"), open_rows(config, "val")
     n_steps = config.max_steps or config.epochs * steps_per_epoch(rows, config)
@@ -466,6 +474,7 @@ def train(config: Config, open_rows: Callable, forward: Callable, judge: Callabl
 
     # --- 4. train ---
     ranks.print(f"start  {checkpoint.format_metrics(assess())}")
+    ranks.stop.listen(config.max_minutes)
     log = checkpoint.Metrics(config, run, done, n_steps) if ranks.is_main else None
     # a checkpoint's tokenizer; chat.py reads these two in its config.json
     names = {key: rows.meta[key] for key in ("encoding", "template") if key in rows.meta}
@@ -480,7 +489,7 @@ def train(config: Config, open_rows: Callable, forward: Callable, judge: Callabl
         metrics["tokens_per_s"] = metrics["tokens"] / metrics["dt"]
         if not math.isfinite(metrics["loss"] + metrics["grad_norm"]):
             raise finite.bad_step(metrics, batches, rows, config, gpt, forward, ranks)
-        saves = is_due(step, config.save_every, n_steps)
+        saves = is_due(step, config.save_every, step if ranks.stop.agreed else n_steps)
         if saves or is_due(step, config.eval_every, n_steps):
             finite.require_usable(step, batches[0], gpt, forward, ranks)
         if is_due(step, config.eval_every, n_steps):
@@ -491,13 +500,25 @@ def train(config: Config, open_rows: Callable, forward: Callable, judge: Callabl
         if log and saves:
             card = checkpoint.model_card(run, rows.meta, metrics)
             save_checkpoint(config.out, step, gpt, optimizer, run, config.keep, card, **names)
+        if ranks.stop.agreed:
+            break
 
     if log:
         log.close()
-    peak = checkpoint.peak_memory_gb(ranks.device)
-    ranks.print(f"done: {newest_checkpoint(config.out)} (peak memory of rank 0: {peak:.2f} GB)")
-    ranks.print(f"next: python chat.py --model {checkpoint.best_note(config.out)}")
+    finish(config, ranks, step < n_steps)
+
+
+def finish(config: Config, ranks: Ranks, stopped: bool) -> None:
+    """Print how to go on, and leave the other ranks; stopped: by a signal or by --max_minutes."""
+    newest, peak = newest_checkpoint(config.out), checkpoint.peak_memory_gb(ranks.device)
+    if stopped:
+        ranks.print(f"stopped: {newest}; the same command with --resume continues the run")
+    else:
+        ranks.print(f"done: {newest} (peak memory of rank 0: {peak:.2f} GB)")
+        ranks.print(f"next: python chat.py --model {checkpoint.best_note(config.out)}")
     ranks.finish()
+    if stopped:
+        sys.exit(ranks.stop.exit_code())
 
 
 def is_due(step: int, every: int, n_steps: int) -> bool:

@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import fcntl
+import hashlib
 import importlib.metadata
 import importlib.util
 import json
@@ -11,6 +13,7 @@ import platform
 import resource
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,9 +22,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from nanosft.cli import UserError, require_at_least
+from nanosft.cli import UserError, free_bytes, minutes, require_at_least, writing
+from nanosft.process import gather
 from nanosft.shards import check_empty, verify, write_sums
-from nanosft.weights import checkpoints, pad_vocab
+from nanosft.weights import checkpoints, newest_checkpoint, pad_vocab
 
 VERSION = 2  # of training_state.pt
 
@@ -30,23 +34,31 @@ VERSION = 2  # of training_state.pt
 
 
 @contextlib.contextmanager
-def new_checkpoint(out: str, step: int, keep: int = 0) -> Iterator[Path]:
+def new_checkpoint(out: str, step: int, keep: int = 0, size: int = 0) -> Iterator[Path]:
     """A temporary folder that becomes OUT/step_000500, complete or not at all.
 
-    keep: how many of the latest checkpoints to leave in OUT, besides the best one; 0: all.
+    keep: how many of the latest checkpoints to leave in OUT, besides the best one; 0: all. size:
+    in bytes, for the message.
     """
     folder = Path(out) / f"step_{step:06d}"
     for left_behind in Path(out).glob("tmp_step_*"):  # by a run that was killed while saving
         shutil.rmtree(left_behind)
     tmp = folder.with_name(f"tmp_{folder.name}")
-    tmp.mkdir(parents=True)
-    yield tmp
-    write_sums(tmp, tmp.iterdir())
-    for path in [*tmp.iterdir(), tmp]:
-        flush(path)
-    shutil.rmtree(folder, ignore_errors=True)
-    tmp.rename(folder)
-    flush(folder.parent)
+    last = newest_checkpoint(out)
+    with writing(folder, f"a checkpoint needs {size / 1e6:,.1f} MB, the last one is {last}; free "
+                         "some space and continue with --resume"):
+        try:
+            tmp.mkdir(parents=True)
+            yield tmp
+            write_sums(tmp, tmp.iterdir())
+            for path in [*Path(out).glob("*.jsonl"), *tmp.iterdir(), tmp]:
+                flush(path)
+        except Exception:
+            shutil.rmtree(tmp, ignore_errors=True)
+            raise
+        shutil.rmtree(folder, ignore_errors=True)
+        tmp.rename(folder)
+        flush(folder.parent)
     _, best = best_checkpoint(out) if keep else (None, None)
     for old in checkpoints(out)[:-keep] if keep else []:
         if old != best:
@@ -67,6 +79,11 @@ def best_note(out: str) -> str:
     """The model to try next: the best checkpoint, or else the run."""
     loss, best = best_checkpoint(out)
     return out if best is None else f"{best}  # the lowest val_loss, {loss:.4f}"
+
+
+def bytes_of(model: torch.nn.Module) -> int:
+    """Size of a checkpoint: float32 weights and Adam's two moments."""
+    return 12 * sum(p.numel() for p in model.parameters())
 
 
 def flush(path: Path) -> None:
@@ -150,9 +167,9 @@ def model_card(run: dict, meta: dict, row: dict) -> str:
 
 # Flags that do not change what a run computes, so a resumed run may change them; for --epochs and
 # --max_steps, only the resulting number of steps matters.
-MAY_CHANGE = {"data", "out", "resume", "epochs", "max_steps", "batch_size", "eval_every",
-              "eval_tokens", "eval_prompts", "save_every", "keep", "log_every", "wandb", "device",
-              "compile"}
+MAY_CHANGE = {"data", "out", "resume", "epochs", "max_steps", "max_minutes", "batch_size",
+              "eval_every", "eval_tokens", "eval_prompts", "save_every", "keep", "log_every",
+              "wandb", "device", "dist_timeout", "compile"}
 
 
 def describe_run(config, meta: dict, n_steps: int) -> dict:
@@ -186,6 +203,8 @@ def check_flags(config, world_size: int) -> None:
                      "seed", "grad_clip")
     # an update of AdamW moves a weight by about the learning rate, and GPT-2's weights are near 0.1
     require_at_least(config, 0, "learning_rate", "weight_decay", most=1)
+    if config.max_minutes is not None:
+        minutes("max_minutes", config.max_minutes)
     for name in ("n_layer", "n_head", "n_embd"):
         if config.init != "scratch" and getattr(config, name) is not None:
             raise UserError(f"--{name} {getattr(config, name)} is only for --init scratch; --init "
@@ -197,10 +216,12 @@ def check_flags(config, world_size: int) -> None:
         raise UserError(f"--rows_per_step {config.rows_per_step} is not a multiple of --batch_size "
                         f"{config.batch_size} x {world_size} ranks = {at_once}; try "
                         f"{math.ceil(config.rows_per_step / at_once) * at_once}")
+    if (Path(config.out) / "lock").exists():
+        lock(config.out, fcntl.LOCK_SH).close()  # who trains there holds it exclusively
     if not config.resume:
         check_empty(config.out, "continue the run with --resume or choose another folder")
     elif not checkpoints(config.out):  # killed before its first checkpoint, or no run at all
-        ours = ("metrics.*", "run.*", "tmp_step_*", "wandb")
+        ours = ("metrics.*", "answers.*", "run.*", "lock", "tmp_step_*", "wandb")
         for path in Path(config.out).glob("*"):
             if not any(path.match(pattern) for pattern in ours):
                 raise UserError(f"--resume: {config.out} holds {path.name} and no checkpoint; "
@@ -219,6 +240,34 @@ def check_fit(model_config, config, meta: dict) -> None:
     if config.block_size > model_config.block_size:
         raise UserError(f"--block_size {config.block_size} is above the model's "
                         f"{model_config.block_size}; lower it")
+
+
+def check_start(config, run: dict, done: int, model: torch.nn.Module) -> list[str]:
+    """UserError if the ranks differ or --out has no space for a checkpoint -> warnings.
+
+    Only the first rank's disk counts: it writes --out. --data and --out may be other paths.
+    """
+    data = hashlib.sha256("".join(run.get("data_sha256", [])).encode()).hexdigest()[:12]
+    mine = {key: str(value) for key, value in run.items() if key not in ("data", "out")}
+    mine = {"step": done} | mine | {"data_sha256": data}
+    everyone = gather((socket.gethostname(), mine, free_bytes(Path(config.out))))
+    host, first, free = everyone[0]
+    for rank, (other_host, theirs, _) in enumerate(everyone):
+        for key in (key for key in first if theirs.get(key) != first[key]):
+            raise UserError(f"rank {rank} on {other_host} has {key} {theirs.get(key)}, but rank 0 "
+                            f"on {host} has {first[key]}; use the same flags and data everywhere, "
+                            "and for --resume an --out on a file system that all machines share")
+
+    size, steps = bytes_of(model), run.get("steps", done) - done  # tools.bench is no run
+    saves = math.ceil(steps / (config.save_every or steps or 1))
+    copies = min(saves, config.keep + 1) if config.keep else saves
+    least = size * min(copies, 1 if done else 2)  # a checkpoint and its temporary copy
+    if free < least:
+        raise UserError(f"--out {config.out}: {free / 1e6:,.1f} MB free, but a checkpoint and its "
+                        f"temporary copy need {least / 1e6:,.1f} MB; free some space")
+    full = free < size * copies
+    return [f"--out {config.out}: {free / 1e6:,.1f} MB free, but {copies} checkpoints need "
+            f"{size * copies / 1e6:,.1f} MB; free some space or use --keep"] if full else []
 
 
 # ----- metrics.jsonl and run.json ----------------------------------------------------------------
@@ -240,6 +289,7 @@ class Metrics:
         """
         out = Path(self.out)
         out.mkdir(parents=True, exist_ok=True)
+        self.lock = lock(self.out, fcntl.LOCK_EX)
         write_run_json(self.out, self.run)
         self.file = open_log(out / "metrics.jsonl", self.steps_done)
         if self.project:
@@ -249,11 +299,12 @@ class Metrics:
             self.wandb = wandb.init(project=self.project, name=name, dir=self.out, config=self.run)
 
     def write(self, row: dict) -> None:
-        if self.file is None:
-            self.open()
-        self.write_answers(row["step"], row.get("val_answers", []))
-        row = {key: value for key, value in row.items() if key != "val_answers"}
-        self.file.write(json.dumps(row) + "\n")
+        with writing(Path(self.out), "free some space and use --resume"):
+            if self.file is None:
+                self.open()
+            self.write_answers(row["step"], row.get("val_answers", []))
+            row = {key: value for key, value in row.items() if key != "val_answers"}
+            self.file.write(json.dumps(row) + "\n")
         if self.wandb:
             self.wandb.log(row, step=row["step"])
         step, ends = row["step"], (self.steps_done + 1, self.n_steps)
@@ -272,10 +323,33 @@ class Metrics:
 
     def close(self) -> None:
         self.file.close()
+        self.lock.close()
         if self.answers:
             self.answers.close()
         if self.wandb:
             self.wandb.finish()
+
+
+def lock(out: str, kind: int):
+    """OUT/lock, flocked until the file is closed or the process ends. UserError: who holds it.
+
+    kind: fcntl.LOCK_EX for the rank that writes, LOCK_SH to see whether there is one.
+    """
+    file, me = (Path(out) / "lock").open("a+"), f"process {os.getpid()} on {socket.gethostname()}"
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.seek(0)
+        if (holder := file.read()) != me:  # a failed run in this notebook may still hold it
+            raise UserError(f"--out {out} is in use by {holder or 'another run'}; stop it or "
+                            "choose another folder") from error
+    except OSError:  # this file system has no locks
+        pass
+    if kind == fcntl.LOCK_EX:
+        file.truncate(0)
+        file.write(me)
+        file.flush()
+    return file
 
 
 def open_log(path: Path, steps_done: int):

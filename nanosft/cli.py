@@ -1,12 +1,17 @@
 """The command line of every script: flags from a dataclass, and one-line user errors."""
 
+import contextlib
 import datetime
 import errno
 import os
+import shutil
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import NoReturn
+
+from nanosft.process import end_with
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -23,6 +28,8 @@ def run_cli(main: Callable, config_class: type) -> None:
     """
     import tyro
 
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun started this process
+        end_with(os.getppid())
     try:
         try:
             main(tyro.cli(config_class, config=(tyro.conf.OmitArgPrefixes,), use_underscores=True))
@@ -37,6 +44,8 @@ def run_cli(main: Callable, config_class: type) -> None:
             raise
         name = f"{error.filename}: " if error.filename is not None else ""
         exit_with(f"{name}{error.strerror}")
+    except KeyboardInterrupt:
+        exit_with("interrupted", 130)
     except RuntimeError as error:
         if not is_lost_rank(error):
             raise
@@ -72,14 +81,47 @@ def one_line(message: str) -> str:
     return shown if len(shown) <= limit else f"{shown[: limit - 143]} … {shown[-140:]}"
 
 
-def exit_with(message: str) -> NoReturn:
-    """Print `error: message`, once for all ranks with the same message; exit with code 2."""
+def minutes(name: str, value: float) -> datetime.timedelta:
+    """UserError unless `value` is a time from above 0 to 10 years."""
+    if not 0 < value < 5_000_000:
+        raise UserError(f"--{name} {value} must be more than 0 and less than 5,000,000 minutes")
+    return datetime.timedelta(minutes=value)
+
+
+@contextlib.contextmanager
+def writing(path: Path, advice: str = "free some space and run the command again",
+            ) -> Iterator[None]:
+    """A failed write to `path`, such as on a full disk, becomes a UserError with its name.
+
+    Of these errors NumPy's has no errno, torch's is a RuntimeError, safetensors' its own class.
+    """
+    try:
+        yield
+    except Exception as error:
+        its_own = ("os error", "PytorchStreamWriter", "unexpected pos")
+        if not isinstance(error, OSError) and not any(words in str(error) for words in its_own):
+            raise
+        reason = getattr(error, "strerror", None) or "cannot be written"
+        raise UserError(f"{path}: {reason} ({free_bytes(path) / 1e6:,.1f} MB free); {advice}"
+                        ) from error
+
+
+def free_bytes(path: Path) -> int:
+    """Free space on the disk of `path`, which need not exist."""
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+def exit_with(message: str, code: int = 2) -> NoReturn:
+    """Print `error: message`, once for all ranks with the same message, and exit."""
     message = one_line(message)
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world_size == 1 or is_first_to_report(message):
-        where = f" (rank {rank} on {socket.gethostname()})" if rank else ""
+        where = f" (rank {rank} on {socket.gethostname()})" if world_size > 1 else ""
         print(f"error: {message}{where}", file=sys.stderr, flush=True)
-    sys.exit(2)
+    sys.exit(code)
 
 
 def is_first_to_report(message: str) -> bool:

@@ -5,6 +5,7 @@ meta.json, which is written last: a folder without it is unfinished. See data/RE
 """
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nanosft.cli import UserError
+from nanosft.cli import UserError, writing
 
 FORMAT_VERSION = 1
 SUMS = "SHA256SUMS"  # of the files beside it, as `sha256sum -c SHA256SUMS` reads them
@@ -82,7 +83,11 @@ class ShardWriter:
         if not ids.size:
             return
         path = self.folder / f"{self.split}_{len(self.shards):06d}.npy"
-        np.save(path, ids)
+        ids = np.ascontiguousarray(ids)
+        with writing(path), path.open("wb") as file:
+            np.lib.format.write_array_header_1_0(
+                file, np.lib.format.header_data_from_array_1_0(ids))
+            file.write(ids)  # np.save() does not notice when its last bytes find the disk full
         shard = {"file": path.name, "tokens": ids.shape[-1], "sha256": sha256_of(path)}
         self.shards.append(shard)
 
@@ -96,9 +101,11 @@ class ShardWriter:
 def write_meta(folder: Path, meta: dict) -> None:
     """Write meta.json, last and atomically: it marks the folder as complete."""
     tmp = folder / "meta.json.tmp"
-    tmp.write_text(json.dumps({"version": FORMAT_VERSION, **meta}, indent=1) + "\n")
-    (folder / SUMS).write_text(f"{sha256_of(tmp)}  meta.json\n")  # meta.json has the shards' sums
-    tmp.rename(folder / "meta.json")
+    with writing(folder / "meta.json"):
+        tmp.write_text(json.dumps({"version": FORMAT_VERSION, **meta}, indent=1) + "\n")
+        # meta.json has the sums of the shards
+        (folder / SUMS).write_text(f"{sha256_of(tmp)}  meta.json\n")
+        tmp.rename(folder / "meta.json")
 
 
 def check_empty(out: str, advice: str = "delete it or choose another folder") -> Path:
@@ -111,8 +118,15 @@ def check_empty(out: str, advice: str = "delete it or choose another folder") ->
 
 @contextlib.contextmanager
 def new_folder(out: str) -> Iterator[Path]:
-    """A temporary folder that becomes `out` at the end; on any error nothing is left behind."""
+    """A temporary folder that becomes `out` at the end; on any error nothing is left behind.
+
+    A kill leaves OUT.tmpPID behind, which the next run removes.
+    """
     folder = check_empty(out)
+    for left_behind in folder.parent.glob(f"{glob.escape(folder.name)}.tmp*"):
+        pid = left_behind.name.removeprefix(f"{folder.name}.tmp")
+        if pid.isdecimal() and not is_running(int(pid)):
+            shutil.rmtree(left_behind)
     tmp = folder.with_name(f"{folder.name}.tmp{os.getpid()}")
     tmp.mkdir(parents=True)
     try:
@@ -123,6 +137,16 @@ def new_folder(out: str) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(tmp)
         raise
+
+
+def is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # another user's
+        pass
+    return True
 
 
 # ----- reading -----------------------------------------------------------------------------------

@@ -2,12 +2,16 @@
 
 import collections
 import concurrent.futures
+import functools
 import hashlib
 import itertools
 import json
 import logging
 import multiprocessing
+import os
 import re
+import signal
+import sys
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -17,6 +21,7 @@ import numpy as np
 
 from nanosft.cli import UserError
 from nanosft.forms import Counts, Reading, show, split_pair
+from nanosft.process import end_with
 
 # ----- reading rows ------------------------------------------------------------------------------
 
@@ -289,17 +294,37 @@ def chunked(items: Iterable, size_of: Callable, limit: int) -> Iterator[list]:
 
 def ordered_map(work: Callable, chunks: Iterable, workers: int, *args) -> Iterator:
     """work(chunk, *args) for each chunk, in order, on `workers` processes; few are held at once."""
+    workers = cap_workers(workers)
     if workers == 1:
         yield from (work(chunk, *args) for chunk in chunks)
         return
     # fork inherits the loaded vocabulary; elsewhere each process loads its own
     methods = multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("fork" if "fork" in methods else "spawn")
-    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
+    with concurrent.futures.ProcessPoolExecutor(
+            workers, context, start_worker, (os.getpid(),)) as pool:
         waiting = collections.deque()
-        for chunk in chunks:
-            waiting.append(pool.submit(work, chunk, *args))
-            if len(waiting) > 2 * workers:
+        try:
+            for chunk in chunks:
+                waiting.append(pool.submit(work, chunk, *args))
+                if len(waiting) > 2 * workers:
+                    yield waiting.popleft().result()
+            while waiting:
                 yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+        except concurrent.futures.BrokenExecutor as error:
+            raise UserError("a worker process died: it was killed, or memory ran out; try fewer "
+                            f"--workers than {workers}") from error
+
+
+def start_worker(parent: int) -> None:
+    """A worker leaves Ctrl-C to its parent, and ends with it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_with(parent)
+
+
+@functools.cache  # says it once
+def cap_workers(workers: int) -> int:
+    cores = os.cpu_count() or 1
+    if workers > cores:
+        print(f"--workers {workers}: using {cores}, one for each core", file=sys.stderr)
+    return min(workers, cores)

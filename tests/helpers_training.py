@@ -238,11 +238,31 @@ def two_ranks() -> Path:
     save_tiny_model(folder / "model", block_size=64)
     rows = [{"prompt": f"{i}+{i}=", "response": f"{2 * i}"} for i in range(7)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    torch.multiprocessing.spawn(_run_rank, args=(free_port(), folder), nprocs=2)
+    return folder
+
+
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_run_rank, args=(port, folder), nprocs=2)
-    return folder
+        return free.getsockname()[1]
+
+
+def resume_on(world_size: int, data: Path, out: Path) -> None:
+    """Continue the run `out_sft` of two_ranks() on this many ranks."""
+    torch.multiprocessing.spawn(_resume_rank, (world_size, free_port(), data, out), world_size)
+
+
+def _resume_rank(rank: int, world_size: int, port: int, data: Path, out: Path) -> None:
+    _set_rank(rank, world_size, port)
+    fine_tune(data, out, epochs=2, batch_size=1, resume=True)
+
+
+def _set_rank(rank: int, world_size: int, port: int) -> None:
+    """What torchrun does."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size),
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
 
 
 def evaluate_both(folder: Path, save: str) -> str:
@@ -253,9 +273,7 @@ def evaluate_both(folder: Path, save: str) -> str:
 
 
 def _run_rank(rank: int, port: int, folder: Path) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
-                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
+    _set_rank(rank, 2, port)
     ranks = train_gpt2.setup_distributed("cpu")
     end_group = torch.distributed.destroy_process_group
     torch.distributed.destroy_process_group = lambda: None  # the runs below share one group

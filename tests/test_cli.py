@@ -144,12 +144,12 @@ def report(monkeypatch, capsys):
 
 
 def test_ranks_that_meet_the_same_mistake_report_it_once(report):
-    assert report(0, "no data") == "error: no data\n"
+    assert report(0, "no data") == f"error: no data (rank 0 on {socket.gethostname()})\n"
     assert report(1, "no data") == ""
     assert report(1, "bad shard") == f"error: bad shard (rank 1 on {socket.gethostname()})\n"
     assert report(0, "bad shard") == ""
     # torchrun --max_restarts starts the ranks again, with the same store
-    assert report(0, "no data", TORCHELASTIC_RESTART_COUNT=1) == "error: no data\n"
+    assert report(0, "no data", TORCHELASTIC_RESTART_COUNT=1).startswith("error: no data (rank 0")
 
 
 def test_rank_that_cannot_reach_the_store_reports(report, monkeypatch):
@@ -157,7 +157,7 @@ def test_rank_that_cannot_reach_the_store_reports(report, monkeypatch):
         raise dist.DistNetworkError("the client socket has timed out")
 
     monkeypatch.setattr(dist, "TCPStore", no_store)
-    assert report(0, "no data") == "error: no data\n"
+    assert report(0, "no data").startswith("error: no data (rank 0 on ")
     assert report(1, "no data").startswith("error: no data (rank 1 on ")
 
 

@@ -78,7 +78,7 @@ def kill_before(step, run, *args, monkeypatch, **flags):
 
 def checkpoints_in(out) -> list[str]:
     """What is in OUT beside the logs and run.json."""
-    logs = {"metrics.jsonl", "answers.jsonl", "run.json"}
+    logs = {"metrics.jsonl", "answers.jsonl", "run.json", "lock"}
     return sorted({path.name for path in Path(out).iterdir()} - logs)
 
 
@@ -283,21 +283,6 @@ def test_resume_leaves_a_folder_alone_that_holds_no_run(data, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
-def test_ranks_that_find_different_checkpoints_refuse_to_start(data, whole):
-    """This rank found step 9; the ranks' sum says that the other one found none."""
-
-    class TwoRanks(train_gpt2.Ranks):
-        def sum(self, tensor):
-            return tensor  # plus 0 of the other rank
-
-    meta = json.loads(Path(data["sft"], "meta.json").read_text())
-    flags = tiny_flags(FLAGS["sft"]) | {"resume": True}
-    config = train_sft.Config(data["sft"], str(whole["sft"]), **flags)
-    run = checkpoint.describe_run(config, meta, 9)
-    with pytest.raises(UserError, match=r"this rank found step 9 in .*, others did not"):
-        train_gpt2.new_or_resumed(config, TwoRanks(0, 2, torch.device("cpu")), meta, run)
-
-
 def test_run_json_that_a_power_loss_emptied_does_not_stop_a_resumed_run(data, whole, tmp_path):
     out = shutil.copytree(whole["sft"], tmp_path / "out")
     shutil.rmtree(out / "step_000009")
@@ -341,12 +326,12 @@ def test_crash_while_saving_leaves_the_previous_checkpoint_and_no_half_one(
         calls.append(path)
         if len(calls) == 2:
             Path(path).write_bytes(b"half a fi")
-            raise OSError("No space left on device")
+            raise KeyboardInterrupt
         save(state, path)
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", save_or_die)
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(KeyboardInterrupt):
             fine_tune(data["sft"], out, **FLAGS["sft"])
     assert checkpoints_in(out) == ["step_000002", "tmp_step_000004"]
     assert load_checkpoint(str(out))[1]["step"] == 2

@@ -1,0 +1,416 @@
+"""Nothing is lost: two runs in one folder, a stop, a full disk, ranks that differ, dead workers.
+
+runs/torture.sh does the same to whole runs from outside; docs/faults.md says what a user sees.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from helpers_training import (
+    ALONE,
+    assert_weights_close,
+    fine_tune,
+    metrics,
+    random_examples,
+    resume_on,
+    sft_folder,
+    two_ranks,
+    weights_of,
+)
+
+import fineweb
+import sft_data
+import train_gpt2
+from nanosft import checkpoint, process, sources
+from nanosft.cli import UserError, minutes
+from train_gpt2 import Ranks
+
+ROOT = Path(__file__).parents[1]
+HERE = socket.gethostname()
+TORTURE = pytest.mark.skipif("TORTURE" not in os.environ, reason="long; see runs/torture.sh")
+needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+
+
+@pytest.fixture(autouse=True)
+def own_signals():
+    """Put the test runner's signal handlers back."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before):
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> str:
+    """11 examples: 3 steps an epoch, the last one short."""
+    examples = random_examples(11, longest=17)
+    return sft_folder(tmp_path_factory.mktemp("data") / "sft", train=examples, val=examples[:3])
+
+
+FLAGS = {"epochs": 3, "layout": "pad"}  # 9 steps
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory) -> Path:
+    """An uninterrupted run."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    fine_tune(data, out, **FLAGS)
+    return out
+
+
+def assert_bitwise_equal(a, b):
+    assert metrics(a) == metrics(b)
+    assert all(torch.equal(x, y) for x, y in zip(weights_of(a), weights_of(b), strict=True))
+
+
+def before_step(step, action, monkeypatch) -> None:
+    """Call action() in the training loop, after `step` steps."""
+    get_lr = train_gpt2.get_lr
+
+    def get_lr_after(now, *args):
+        if now == step:
+            action()
+        return get_lr(now, *args)
+
+    monkeypatch.setattr(train_gpt2, "get_lr", get_lr_after)
+
+
+# ----- two runs in one folder --------------------------------------------------------------------
+
+
+def test_second_run_in_a_folder_is_told_who_trains_there_until_that_one_is_killed(
+        data, whole, tmp_path):
+    out = shutil.copytree(whole, tmp_path / "out")
+    code = ("import fcntl, time; from nanosft.checkpoint import lock\n"
+            f"held = lock({str(out)!r}, fcntl.LOCK_EX); print('held', flush=True)\n"
+            "time.sleep(60)")
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE,
+                          text=True) as holder:
+        assert holder.stdout.readline() == "held\n"
+        for resume in (True, False):
+            with pytest.raises(UserError, match=f"in use by process {holder.pid} on {HERE}; stop"):
+                fine_tune(data, out, resume=resume, **FLAGS)
+        holder.kill()
+    assert "is finished" in fine_tune(data, out, resume=True, **FLAGS)
+
+
+def test_run_holds_the_lock_from_its_first_row_to_its_end(data, tmp_path, monkeypatch):
+    def is_free() -> bool:
+        with (tmp_path / "out/lock").open() as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+            return True
+
+    seen = []
+    before_step(1, lambda: seen.append(is_free()), monkeypatch)
+    fine_tune(data, tmp_path / "out", **FLAGS)
+    assert [*seen, is_free()] == [False, True]
+
+
+def test_resume_starts_again_where_a_run_was_killed_before_its_first_checkpoint(
+        data, whole, tmp_path):
+    out = shutil.copytree(whole, tmp_path / "out")
+    for folder in out.glob("step_*"):
+        shutil.rmtree(folder)
+    (out / "tmp_step_000002").mkdir()
+    for name in ("answers.jsonl", "metrics.tmp", "run.tmp", "lock"):
+        (out / name).touch()
+    (out / "metrics.jsonl").write_text('{"step": 1}\n{"st')
+    fine_tune(data, out, resume=True, **FLAGS)
+    assert_bitwise_equal(out, whole)
+
+
+@needs_proc
+def test_process_ends_with_its_parent():
+    """As a rank whose torchrun was killed. The parent here prints the child's id and is killed."""
+    code = ("import os, subprocess, sys, time\n"
+            "child = 'import os, sys, time; from nanosft.process import end_with\\n'\n"
+            "child += 'end_with(os.getppid()); print(os.getpid(), flush=True); time.sleep(60)'\n"
+            "subprocess.Popen([sys.executable, '-c', child]); time.sleep(60)")
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE,
+                          text=True) as parent:
+        child = int(parent.stdout.readline())
+        assert is_alive(child)
+        parent.kill()
+        wait_until(lambda: not is_alive(child))
+
+
+def stat(pid) -> list[str]:
+    """State and parent of a process, with what follows them in /proc/PID/stat."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:  # it is gone
+        return ["Z", "0"]
+
+
+def is_alive(pid: int) -> bool:
+    """False for a zombie as well."""
+    return stat(pid)[0] != "Z"
+
+
+def children_of(parent: int) -> list[int]:
+    pids = [int(path.name) for path in Path("/proc").glob("[0-9]*")]
+    return [pid for pid in pids if stat(pid)[1] == str(parent)]
+
+
+def wait_until(found, seconds: int = 20) -> None:
+    end = time.monotonic() + seconds
+    while not found():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+# ----- stopped politely --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_stopped_run_saves_and_resumes_bitwise(number, data, whole, tmp_path, monkeypatch, capfd):
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        before_step(4, lambda: os.kill(os.getpid(), number), patch)
+        with pytest.raises(SystemExit) as stop:
+            fine_tune(data, out, save_every=0, **FLAGS)
+    assert stop.value.code == 128 + number
+    assert "stopping after this step; a second signal stops at once" in capfd.readouterr().err
+    # the signal came after the ranks had counted step 5... or before: at most one step later
+    (saved,) = checkpoint.checkpoints(out)
+    assert saved.name in ("step_000005", "step_000006")
+    assert len(metrics(out)) == int(saved.name[5:])
+    fine_tune(data, out, resume=True, save_every=0, **FLAGS)
+    assert_bitwise_equal(out, whole)
+
+
+def test_max_minutes_stops_each_start_after_a_step_with_exit_code_0(data, whole, tmp_path):
+    out, flags = tmp_path / "out", FLAGS | {"save_every": 0, "resume": True}
+    for step in range(1, 9):
+        with pytest.raises(SystemExit) as stop:
+            fine_tune(data, out, max_minutes=1e-6, **flags)
+        assert stop.value.code == 0
+        assert checkpoint.newest_checkpoint(out).name == f"step_{step:06d}"
+    printed = fine_tune(data, out, max_minutes=1e-6, **flags)
+    assert "done: " in printed  # the time was up again, but so was the run
+    assert_bitwise_equal(out, whole)
+
+
+def test_all_ranks_stop_when_one_of_them_has_a_signal():
+    class TwoRanks(Ranks):
+        def sum(self, counts):  # the other rank was asked to stop by SIGTERM
+            return counts + torch.tensor([0, 0, 0, process.SIGNALED])
+
+    ranks = TwoRanks(0, 2, torch.device("cpu"))
+    assert train_gpt2.count_step([], ranks).tolist() == [0, 0, 0, process.SIGNALED]
+    assert ALONE.stop.asked() == 0 and ranks.stop.exit_code() == 0
+    ranks.stop.agreed = process.SIGNALED + 1  # and a third rank's time is up
+    assert ranks.stop.exit_code() == 143
+    ranks.stop.agreed = 2
+    assert ranks.stop.exit_code() == 0
+
+
+def test_second_signal_ends_the_process_at_once_unless_it_is_a_repeated_first(monkeypatch, capfd):
+    codes, stop = [], process.Stop()
+    monkeypatch.setattr(os, "_exit", codes.append)
+    stop.listen(None)
+    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGTERM)  # a scheduler's, to the launcher and to its ranks
+    assert codes == [] and stop.asked()
+    stop.since -= 2
+    os.kill(os.getpid(), signal.SIGINT)
+    assert codes == [130]
+
+
+def test_interrupt_of_other_commands_is_one_line(command, monkeypatch):
+    def interrupted(config):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fineweb, "main", interrupted)
+    result = command(fineweb, "--out", "out")
+    assert (result.code, result.err) == (130, "error: interrupted\n")
+
+
+# ----- a full disk -------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def largest_file(size: int):
+    """Writes beyond `size` bytes of a file fail, as on a full disk, but with EFBIG."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+# a tokenizer of 10 KB, weights of 32 KB, and Adam's moments of 70 KB
+@pytest.mark.parametrize("size", [6_000, 20_000, 50_000])
+def test_full_disk_while_saving_is_one_line_and_loses_nothing(
+        size, data, whole, tmp_path, monkeypatch):
+    out, full = tmp_path / "out", contextlib.ExitStack()
+    with full, monkeypatch.context() as patch:
+        before_step(3, lambda: full.enter_context(largest_file(size)), patch)
+        with pytest.raises(UserError) as error:
+            fine_tune(data, out, **FLAGS)
+    assert str(error.value).startswith(f"{out}/step_000004: ")
+    assert f"a checkpoint needs 0.1 MB, the last one is {out}/step_000002" in str(error.value)
+    assert [path.name for path in out.glob("*step*")] == ["step_000002"]
+    fine_tune(data, out, resume=True, **FLAGS)
+    assert_bitwise_equal(out, whole)
+
+
+def test_full_disk_while_logging_names_the_folder(data, tmp_path):
+    with largest_file(100), pytest.raises(UserError, match=r"out: File too large \(.* MB free\); "):
+        fine_tune(data, tmp_path / "out", **FLAGS)
+    fine_tune(data, tmp_path / "out", resume=True, **FLAGS)
+
+
+@pytest.mark.parametrize("module, size, name", [
+    (fineweb, 1000, "train_000000.npy"), (sft_data, 1000, "train_000000.npy"),
+    (fineweb, 350, "meta.json"), (sft_data, 350, "meta.json")])
+def test_full_disk_while_preparing_data_names_the_file_and_leaves_nothing(
+        module, size, name, command, jsonl, tmp_path):
+    n = 40 if size == 1000 else 1
+    source = jsonl("a.jsonl", [{"text": "some text of a document"}] * n)
+    more = ["--val_fraction", 0] if module is sft_data else []
+    with largest_file(size):
+        result = command(module, "--source", source, "--encoding", "bytes", "--workers", 1,
+                         "--out", tmp_path / "out", *more)
+    assert (result.code, result.err.count("\n")) == (2, 1), result
+    assert f"/{name}: " in result.err and "free some space" in result.err
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+def test_start_is_refused_only_where_a_checkpoint_and_its_copy_do_not_fit(monkeypatch):
+    """A model of 1,000 parameters: 12 kB a checkpoint, saved after steps 2, 4, 6, 8 and 9."""
+    model = torch.nn.Linear(999, 1)
+    config, run = train_gpt2.Config("data", "out", save_every=2), {"steps": 9, "data_sha256": []}
+
+    def start(free: int, done: int = 0, **changes) -> list[str]:
+        monkeypatch.setattr(checkpoint, "free_bytes", lambda path: free)
+        return checkpoint.check_start(dataclasses.replace(config, **changes), run, done, model)
+
+    assert start(5 * 12_000) == []
+    (warning,) = start(5 * 12_000 - 1)
+    assert warning.startswith("--out out: 0.1 MB free, but 5 checkpoints need 0.1 MB")
+    assert start(3 * 12_000, keep=2) == []
+    assert start(12_000, save_every=0) == []  # one checkpoint, nothing to replace
+    assert start(12_000, keep=1, done=2) != []  # one is there already
+    for least, changes in [(24_000, {}), (24_000, {"keep": 1}), (12_000, {"save_every": 0}),
+                           (12_000, {"done": 2})]:
+        with pytest.raises(UserError, match="but a checkpoint and its temporary copy need"):
+            start(least - 1, **changes)
+        start(least, **changes)
+
+
+def test_metrics_are_on_disk_before_the_checkpoint_that_follows_them(data, tmp_path, monkeypatch):
+    flushed, flush = [], checkpoint.flush
+    monkeypatch.setattr(checkpoint, "flush",
+                        lambda path: (flushed.append(path.name), flush(path))[1])
+    fine_tune(data, tmp_path / "out", **FLAGS | {"max_steps": 1})
+    saved = flushed.index("metrics.jsonl")
+    assert saved < flushed.index("training_state.pt") < flushed.index("tmp_step_000001")
+
+
+# ----- several ranks -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key, mine, other", [
+    ("step", 10, 5), ("seed", 0, 1), ("data_sha256", ["a"], ["b"])])
+def test_rank_that_differs_is_named_with_its_host_and_both_values(key, mine, other, monkeypatch):
+    model = torch.nn.Linear(1, 1)
+    config = train_gpt2.Config("data", "out")
+    run = dataclasses.asdict(config) | {"steps": 20, "data_sha256": ["a"]}
+
+    def two_hosts(report):
+        changed = run | ({} if key == "step" else {key: other})
+        monkeypatch.setattr(checkpoint, "gather", lambda theirs: [report, ("b", *theirs[1:])])
+        done = other if key == "step" else 10
+        return checkpoint.check_start(config, changed | {"data": "/mnt/data"}, done, model)
+
+    def first_host(report):
+        return two_hosts(("a", *report[1:]))
+
+    monkeypatch.setattr(checkpoint, "gather", first_host)
+    with pytest.raises(UserError, match=f"^rank 1 on b has {key} .*, but rank 0 on a has .*; use"):
+        checkpoint.check_start(config, run, 10, model)
+
+
+@pytest.mark.parametrize("value", [0, -1, float("nan"), float("inf"), 10**12])
+def test_times_out_of_range_are_refused(value, data, tmp_path):
+    with pytest.raises(UserError, match=f"--dist_timeout {value} must be more than 0"):
+        minutes("dist_timeout", value)
+    with pytest.raises(UserError, match=f"--max_minutes {value} must be more than 0"):
+        fine_tune(data, tmp_path / "out", max_minutes=value)
+
+
+@pytest.mark.parametrize("world_size", [1, pytest.param(4, marks=TORTURE)])
+def test_run_of_two_ranks_continues_on_one_or_four(world_size, tmp_path):
+    """Same rows and same losses, up to rounding."""
+    whole = two_ranks() / "out_sft"
+    out = shutil.copytree(whole, tmp_path / "out")
+    for folder in checkpoint.checkpoints(out)[2:]:  # keep steps 2 and 4
+        shutil.rmtree(folder)
+    resume_on(world_size, two_ranks() / "sft", out)
+    starts = json.loads((out / "run.json").read_text())["starts"]
+    assert [start["world_size"] for start in starts] == [2, world_size]
+    for ours, theirs in zip(metrics(out), metrics(whole), strict=True):
+        for key in ("step", "tokens", "trained_tokens", "lr"):
+            assert ours[key] == theirs[key]
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+    assert_weights_close(out, whole)
+
+
+# ----- data preparation --------------------------------------------------------------------------
+
+
+def die(chunk):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_dead_worker_is_one_line():
+    with pytest.raises(UserError, match="a worker process died: it was killed, or memory ran out"):
+        list(sources.ordered_map(die, [[1], [2]], 2))
+
+
+def test_workers_are_capped_at_the_cores(monkeypatch, capsys):
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    sources.cap_workers.cache_clear()
+    assert [sources.cap_workers(n) for n in (1, 2, 100_000, 100_000)] == [1, 2, 2, 2]
+    assert capsys.readouterr().err == "--workers 100000: using 2, one for each core\n"
+
+
+@needs_proc
+def test_workers_end_with_their_parent_and_the_next_run_removes_what_it_left(tmp_path, command):
+    source, out = tmp_path / "a.txt", tmp_path / "out"
+    source.write_text("Some lines\nof text\n" * 2_000_000)
+    flags = ["--source", source, "--encoding", "bytes", "--workers", 2, "--out", out,
+             "--shard_tokens", 100_000, "--val_tokens", 0]
+    with subprocess.Popen([sys.executable, ROOT / "fineweb.py", *map(str, flags)], cwd=ROOT,
+                          stderr=subprocess.DEVNULL) as parent:
+        wait_until(lambda: list(tmp_path.glob("out.tmp*/train_000001.npy")))
+        workers = children_of(parent.pid)
+        assert len(workers) == 2
+        parent.kill()
+    (left_behind,) = tmp_path.glob("out.tmp*")
+    assert left_behind.name == f"out.tmp{parent.pid}"
+    wait_until(lambda: not any(is_alive(pid) for pid in workers))
+    in_use = tmp_path / f"out.tmp{os.getppid()}"  # of a process that runs
+    in_use.mkdir()
+    source.write_text("short")
+    assert command(fineweb, *flags).code == 0
+    assert sorted(path.name for path in tmp_path.glob("out*")) == ["out", in_use.name]
