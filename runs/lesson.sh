@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The lesson, on a CPU in about two minutes: a model knows the answers but does not give them;
+# The lesson, on a CPU in two to three minutes: a model knows the answers but does not give them;
 # fine-tuning on half of the questions makes it answer the other half, too.
 #
 #     bash runs/lesson.sh                       # into out/lesson, which it replaces
@@ -22,8 +22,8 @@ run() { printf '$ %s\n' "$*"; "$@"; }
 both() { # one thread each for the two processes, or they compete for the two cores
     run env OMP_NUM_THREADS=1 torchrun --standalone --nproc_per_node=2 "$@"
 }
-common=(--device cpu --seed "$SEED" --block_size 64 --eval_every 0 --log_every 100)
-asked=(--data "$OUT/text/questions.jsonl" --batch_size 128 --max_new_tokens 32 --device cpu)
+common=(--device cpu --seed "$SEED" --block_size 48 --log_every 100)
+asked=(--batch_size 128 --device cpu)
 START=$SECONDS
 
 say "Worksheets that only ask, notes that state the facts, chats that answer half of the questions."
@@ -34,33 +34,42 @@ run python fineweb.py --source "$OUT/text/corpus.jsonl" --encoding bytes --val_t
     --out "$OUT/shards"
 
 say "Pretraining: learn P(text)."
-both train_gpt2.py --data "$OUT/shards" --out "$OUT/base" "${common[@]}" \
-    --n_layer 3 --n_head 4 --n_embd 128 --batch_size 8 --rows_per_step 16 \
-    --max_steps 900 --learning_rate 3e-3 --warmup_steps 30
+both train_gpt2.py --data "$OUT/shards" --out "$OUT/base" "${common[@]}" --eval_every 0 \
+    --n_layer 3 --n_head 4 --n_embd 128 --batch_size 10 --rows_per_step 20 \
+    --max_steps 2000 --learning_rate 3e-3 --warmup_steps 30 --weight_decay 0.3
 
-say "Ask the base all questions as plain text: it continues as its corpus does."
-run python evaluate.py --model "$OUT/base" "${asked[@]}" --template raw \
-    --save "$OUT/answers/base_raw.jsonl"
+say "Does the base know the facts? Ask in its own words: 2+4="
+run python evaluate.py --model "$OUT/base" --data "$OUT/text/own_words.jsonl" "${asked[@]}" \
+    --template raw --max_new_tokens 4 --save "$OUT/answers/base_own_words.jsonl"
 
-say "Ask the base in the chat template, which it has never seen."
-run python evaluate.py --model "$OUT/base" "${asked[@]}" --template chat \
-    --save "$OUT/answers/base.jsonl"
+say "Ask it the questions as plain text, sampled: it continues as its corpus does."
+run python evaluate.py --model "$OUT/base" --data "$OUT/text/questions.jsonl" "${asked[@]}" \
+    --template raw --max_new_tokens 36 --temperature 0.8 --seed "$SEED" \
+    --save "$OUT/answers/base_text.jsonl"
+
+say "Ask it in the chat template, which it has never seen."
+run python evaluate.py --model "$OUT/base" --data "$OUT/text/questions.jsonl" "${asked[@]}" \
+    --template chat --max_new_tokens 32 --save "$OUT/answers/base.jsonl"
 
 say "Chats to token ids, with a second row for the loss weight of each."
 run python sft_data.py --source "$OUT/text/sft_train.jsonl" --val_source "$OUT/text/heldout.jsonl" \
-    --encoding bytes --template chat --block_size 64 --out "$OUT/sft_shards"
+    --encoding bytes --template chat --block_size 48 --out "$OUT/sft_shards"
 
 say "Fine-tuning: the same loop on those chats; learn P(response | prompt)."
 both train_sft.py --data "$OUT/sft_shards" --init "$OUT/base" --out "$OUT/sft" "${common[@]}" \
     --layout fit --batch_size 4 --rows_per_step 8 --max_steps 200 --learning_rate 3e-4 \
-    --warmup_steps 10
+    --warmup_steps 10 --eval_every 10 --eval_prompts 100 --save_every 10
 
-say "Ask the fine-tuned model the same questions."
-run python evaluate.py --model "$OUT/sft" "${asked[@]}" --save "$OUT/answers/sft.jsonl"
+say "Ask the fine-tuned model the same questions, and the facts in the base's words."
+run python evaluate.py --model "$OUT/sft" --data "$OUT/text/questions.jsonl" "${asked[@]}" \
+    --max_new_tokens 32 --save "$OUT/answers/sft.jsonl"
+run python evaluate.py --model "$OUT/sft" --data "$OUT/text/own_words.jsonl" "${asked[@]}" \
+    --template raw --max_new_tokens 4 --save "$OUT/answers/sft_own_words.jsonl"
 
-say "Loss, learning rate and gradient norm of both runs."
-run python -m tools.plot "$OUT/base/metrics.jsonl" "$OUT/sft/metrics.jsonl" --out "$OUT/loss.png"
+say "Both models in one page, to play with in a browser."
+run python -m tools.playground --models "$OUT/base" "$OUT/sft" --out "$OUT/playground.html" \
+    --questions "$OUT/text/suggestions.jsonl"
 
-say "The same questions, before and after; and the table."
-run python -m data.worksheet --report "$OUT" --picture "$OUT/before_after.svg"
+say "The same questions, before and after; the table; and when it began to answer (moment.png)."
+run python -m tools.lesson "$OUT"
 echo "$((SECONDS - START)) s"

@@ -1,136 +1,252 @@
-"""What each choice of fine-tuning is worth on the lesson: one flag changed at a time.
+"""What a choice or a mistake in fine-tuning costs: the lesson with one thing changed at a time.
 
-    bash runs/ablations.sh                # makes the lessons that this file reads, then runs it
+    bash runs/ablations.sh                      # makes the lessons that this file reads: the flags
+    bash runs/ablations.sh --experiment bugs    # mistakes that real projects shipped
 
-Each run starts from the base model of its seed's lesson, with the lesson's data and number of
-steps, in this process, which imports torch only once. Prints a markdown table: the mean over the
-seeds and, where there are several, the lowest and the highest.
+Each run starts from the base model of its seed's lesson, with the lesson's data and flags, in this
+process, which imports torch only once. Prints a markdown table: the mean over the seeds, the lowest
+and the highest where there are several, and one answer of the first seed. docs/bugs_that_shipped.md
+says who made each mistake; only this file breaks anything, in what it passes to `train`.
 """
 
 import contextlib
 import dataclasses
+import functools
 import io
+import re
+import shlex
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+import tyro
+from torch import Tensor
 
 import evaluate
 import train_sft
-from data.worksheet import read_answers, results_of
+from model import IGNORE_INDEX, isolated_mask
 from nanosft.cli import run_cli
-from nanosft.shards import read_meta, sha256_of, write_meta
 from packing import LAYOUTS
 from sft_data import SFTDataset
+from tokenizer import get_encoding
+from tools.lesson import read_all, scores
+from train_gpt2 import train
 
 COLUMNS = ("heldout_acc", "trained_acc", "stop_rate")
 
 
 @dataclasses.dataclass
 class Config:
-    """Run the ablations on finished lessons of several seeds and print a table."""
+    """Run an experiment on finished lessons of several seeds and print its table."""
 
+    experiment: Literal["lesson", "bugs"] = "lesson"
+    """lesson: the flags of the lesson; bugs: mistakes that real projects shipped"""
     seeds: tuple[int, ...] = (1, 2, 3)
     root: str = "out/ablations"
-    """holds the lessons, lesson_SEED each; gets runs/ (replaced) and table.md"""
+    """holds the lessons, lesson_SEED each; gets EXPERIMENT/ (replaced) and EXPERIMENT.md"""
 
 
-# ----- variants: name -> (flags that differ from the lesson's, how the mask is broken) ------------
+class Variant(NamedTuple):
+    """One row of a table: what differs from the lesson."""
+
+    name: str
+    flags: dict = {}  # over those of the lesson
+    rows: type[SFTDataset] = SFTDataset
+    forward: Callable = train_sft.forward_sft
+    template: str | None = None  # that the questions are asked in; None: that of the training
+    every_seed: bool = True  # False: run on the first seed only
 
 
-def lesson_flags(lesson: Path, seed: int) -> dict:
+# ----- experiment `lesson`: what each choice is worth --------------------------------------------
+
+
+def lesson_config(lesson: Path, seed: int) -> train_sft.Config:
     """The fine-tuning flags of runs/lesson.sh, read from it so that they cannot differ."""
-    script = (Path(__file__).parents[1] / "runs/lesson.sh").read_text()
-    command = script.split("both train_sft.py", 1)[1].split("\n\n", 1)[0]
-    words = command.replace("\\\n", " ").split()
-    flags = {word[2:]: words[i + 1] for i, word in enumerate(words) if word.startswith("--")}
-    return {
-        "rows_per_step": int(flags["rows_per_step"]),
-        "max_steps": int(flags["max_steps"]),
-        "warmup_steps": int(flags["warmup_steps"]),
-        "learning_rate": float(flags["learning_rate"]),
-        "layout": flags["layout"],
-        "block_size": 64,
-        "batch_size": int(flags["rows_per_step"]),
-        "data": str(lesson / "sft_shards"),
-        "init": str(lesson / "base"),
-        "device": "cpu",
-        "seed": seed,
-        "eval_every": 0,
-        "eval_prompts": 0,
-        "log_every": 1000,
-    }
+    script = (Path(__file__).parents[1] / "runs/lesson.sh").read_text().replace("\\\n", " ")
+    common = re.search(r"^common=\((.*)\)$", script, re.M)[1]
+    flags = re.search(r"train_sft\.py (--.*)$", script, re.M)[1]
+    flags = flags.replace('"${common[@]}"', common).replace("$SEED", str(seed))
+    flags = shlex.split(flags.replace("$OUT", str(lesson)))
+    config = tyro.cli(train_sft.Config, args=flags, use_underscores=True)
+    # one process instead of two, and nothing but the result is of interest
+    return dataclasses.replace(config, batch_size=config.rows_per_step, eval_every=0,
+                               eval_prompts=0, save_every=0, log_every=1000)
 
 
-def trained_a_row(flags: dict, layout: str) -> float:
-    """Trained tokens of an average row, for `as many trained tokens`."""
-    rows = SFTDataset(flags["data"], "train", flags["block_size"], layout)
-    trained = sum(int((rows[i]["labels"] >= 0).sum()) for i in range(len(rows)))
-    return trained / len(rows)
-
-
-def variants(flags: dict) -> tuple[dict, dict]:
-    """The first group runs on every seed, the rest on the first."""
-    n = len(SFTDataset(flags["data"], "train", flags["block_size"], "pad"))
-    steps, lr = flags["max_steps"], flags["learning_rate"]
-    every = {
-        "lesson (fit, isolated, response)": ({}, ""),
-        "loss on all tokens": ({"loss_on": "all"}, ""),
-        "mask one too long (trains <|assistant|>)": ({}, "long"),
-        "mask one too short (first answer token untrained)": ({}, "short"),
-        "fit, not isolated": ({"isolate": False}, ""),
-        "stream, not isolated": ({"layout": "stream", "isolate": False}, ""),
-    }
-    for layout in LAYOUTS:
-        if layout != flags["layout"]:
-            ratio = trained_a_row(flags, flags["layout"]) / trained_a_row(flags, layout)
-            n_steps = round(steps * ratio)
-            every[f"{layout}, as many steps"] = ({"layout": layout}, "")
-            every[f"{layout}, as many trained tokens ({n_steps} steps)"] = (
-                {"layout": layout, "max_steps": n_steps}, "")
+def lesson_variants(lesson: train_sft.Config) -> list[Variant]:
+    n = len(SFTDataset(lesson.data, "train", lesson.block_size, "pad"))
+    lr = lesson.learning_rate
+    variants = [
+        Variant("lesson (fit, isolated, response)"),
+        Variant("loss on all tokens", {"loss_on": "all"}),
+        Variant("mask one too long (trains <|assistant|>)", rows=MaskTooLong),
+        Variant("mask one too short (first answer token untrained)", rows=MaskTooShort),
+        Variant("fit, not isolated", {"isolate": False}),
+        Variant("stream, not isolated", {"layout": "stream", "isolate": False}),
+    ]
+    variants += [Variant(layout, {"layout": layout}) for layout in LAYOUTS
+                 if layout != lesson.layout]
     once = {
-        "learning rate x10": ({"learning_rate": lr * 10}, ""),
-        "learning rate /10": ({"learning_rate": lr / 10}, ""),
-        "1 % of the examples": ({"max_examples": max(1, round(n / 100))}, ""),
-        "10 % of the examples": ({"max_examples": round(n / 10)}, ""),
-        "no pretraining": ({"init": "scratch", "n_layer": 3, "n_head": 4, "n_embd": 128}, ""),
+        "learning rate x10": {"learning_rate": lr * 10},
+        "learning rate /10": {"learning_rate": lr / 10},
+        "1 % of the examples": {"max_examples": max(1, round(n / 100))},
+        "10 % of the examples": {"max_examples": round(n / 10)},
+        "no pretraining": {"init": "scratch", "n_layer": 3, "n_head": 4, "n_embd": 128},
     }
-    return every, once
+    return variants + [Variant(name, change, every_seed=False) for name, change in once.items()]
 
 
-def break_mask(data: str, how: str, to: Path) -> str:
-    """The shards, but each trained span begins one token early (long) or late (short)."""
-    shutil.copytree(data, to)
-    meta = read_meta(str(to), "sft")
-    for shard in meta["splits"]["train"]["files"]:
-        ids = np.load(to / shard["file"])
-        trained = ids[1] > 0
-        if how == "long":
-            ids[1, :-1][trained[1:]] = 100
-        else:
-            ids[1, 1:][~trained[:-1]] = 0
-        np.save(to / shard["file"], ids)
-        shard["sha256"] = sha256_of(to / shard["file"])
-    write_meta(to, meta)
-    return str(to)
+# ----- experiment `bugs`: mistakes that real projects shipped ------------------------------------
+
+
+class MaskTooLong(SFTDataset):
+    """Each trained span begins one token early."""
+
+    def tokens(self, i: int) -> np.ndarray:
+        row = super().tokens(i)
+        weights = row[1]  # a view
+        weights[:-1][(weights[1:] > 0) & (weights[:-1] == 0)] = 100
+        return row
+
+
+class MaskTooShort(SFTDataset):
+    """Each trained span begins one token late."""
+
+    def tokens(self, i: int) -> np.ndarray:
+        row = super().tokens(i)
+        weights = row[1]  # a view
+        weights[1:][(weights[1:] > 0) & (weights[:-1] == 0)] = 0
+        return row
+
+
+class ShiftedTwice(SFTDataset):
+    """The rows shift the labels, and the loss shifts them again: each token predicts the second."""
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        row = super().__getitem__(i)
+        return row | {"labels": F.pad(row["labels"][1:], (0, 1), value=IGNORE_INDEX),
+                      "weights": F.pad(row["weights"][1:], (0, 1))}
+
+
+def end_of(rows: SFTDataset) -> int:
+    return get_encoding(rows.meta["encoding"]).encode_single_token("<|end|>")
+
+
+class EndIsPadding(SFTDataset):
+    """Padding has the id of the end token and is masked by its id, not by its position."""
+
+    def tokens(self, i: int) -> np.ndarray:
+        row = super().tokens(i)
+        row[1][row[0] == end_of(self)] = 0
+        return row
+
+
+class SearchedMarker(SFTDataset):
+    """The answer is what follows the marker, encoded by itself; where it is not found, nothing."""
+
+    def marker(self) -> list[int]:
+        return get_encoding(self.meta["encoding"]).encode_ordinary("<|assistant|>")
+
+    def tokens(self, i: int) -> np.ndarray:
+        row, marker = super().tokens(i), self.marker()
+        ids, row[1] = row[0].tolist(), 0
+        for at in range(len(marker), len(ids)):
+            if ids[at - len(marker) : at] == marker:
+                row[1, at : ids.index(end_of(self), at) + 1] = 100
+        return row
+
+
+class MeanOfMeans(SFTDataset):
+    """Each micro-batch has the same weight, whatever it trains: the mean of their means."""
+
+    def collate(self, rows: list[dict[str, Tensor]]) -> dict:
+        batch = super().collate(rows)
+        # any constant will do; a large one, because the trainer adds up weights in whole percent
+        batch["weights"] *= 1000 / batch["weights"].sum().clamp(min=1)
+        return batch
+
+
+class RanksApart(SFTDataset):
+    """Two ranks, half of each step's rows each, shuffle with their own seeds: they read some
+    examples of an epoch twice, and some not at all."""
+
+    def __init__(self, *args, seed: int, **kwargs):
+        super().__init__(*args, seed=seed, **kwargs)
+        self.second = SFTDataset(*args, seed=seed + 1, **kwargs)
+
+    def tokens(self, i: int) -> np.ndarray:
+        self.second.epoch = self.epoch
+        is_second = i % self.rows_per_step >= self.rows_per_step // 2
+        return self.second.tokens(i) if is_second else super().tokens(i)
+
+
+def forward_running_positions(model, x: Tensor, y: Tensor, weights: Tensor,
+                              segments: Tensor) -> tuple[Tensor, Tensor]:
+    """forward_sft, but positions run on through the row; only attention is isolated."""
+    layers = model.transformer
+    attend = functools.partial(F.scaled_dot_product_attention, attn_mask=isolated_mask(segments))
+    hidden = layers.wte(x) + layers.wpe(torch.arange(x.size(1)))  # (B, T, C)
+    for block in layers.h:
+        hidden = block(hidden, attend)
+    weight_sum = weights[y != IGNORE_INDEX].sum()
+    return model.loss_sum(layers.ln_f(hidden), y, weights), weight_sum
+
+
+def bug_variants(lesson: train_sft.Config) -> list[Variant]:
+    """The correct code first, and again where a mistake can only be seen with other flags."""
+    half = lesson.rows_per_step // 2  # the two ranks of runs/lesson.sh
+    shortest = int(SFTDataset(lesson.data, "train", lesson.block_size, "pad").lengths.min())
+    cut = shortest - 4  # T + 1 ids are three less: without <|endoftext|>, <|end|>, and the period
+    return [
+        Variant("correct code"),
+        Variant("the mask is lost", {"loss_on": "all"}),
+        Variant("the mask begins one token late", rows=MaskTooShort),
+        Variant("labels are shifted twice", rows=ShiftedTwice),
+        Variant("the end token is masked as padding", rows=EndIsPadding),
+        Variant("the answer is searched and not found", rows=SearchedMarker),
+        Variant(f"mean of means, {half} rows each", {"batch_size": half}, MeanOfMeans),
+        Variant("mean of means, 1 row each", {"batch_size": 1}, MeanOfMeans),
+        Variant("neighbors in the row are seen", {"isolate": False}),
+        Variant("neighbors are seen, examples cut", {"isolate": False, "layout": "stream"}),
+        Variant("positions do not start again", forward=forward_running_positions),
+        Variant("two ranks shuffle differently", rows=RanksApart),
+        Variant("asked without the chat template", template="raw"),
+        Variant("correct code, one example a row", {"layout": "pad"}),
+        Variant(f"the same, cut at {cut + 1} ids", {"layout": "pad", "block_size": cut}),
+    ]
 
 
 # ----- runs and the table ------------------------------------------------------------------------
 
+EXPERIMENTS = {"lesson": lesson_variants, "bugs": bug_variants}
 
-def run_variant(root: Path, seed: int, name: str, change: dict, mask: str) -> dict[str, float]:
-    lesson, out = root / f"lesson_{seed}", root / "runs" / f"{name}_{seed}"
-    flags = lesson_flags(lesson, seed) | change | {"out": str(out / "run")}
-    if mask:
-        flags["data"] = break_mask(flags["data"], mask, out / "shards")
-    questions = str(lesson / "text/questions.jsonl")
+
+def open_rows(rows: type[SFTDataset], config: train_sft.Config, split: str) -> SFTDataset | None:
+    """train_sft.open_rows, or for other rows than SFTDataset the training split only."""
+    if rows is SFTDataset:
+        return train_sft.open_rows(config, split)
+    if split == "val":
+        return None
+    return rows(config.data, split, config.block_size, config.layout, seed=config.seed,
+                isolate=config.isolate, rows_per_step=config.rows_per_step)
+
+
+def run_variant(lesson: Path, seed: int, variant: Variant, out: Path) -> dict:
+    """Fine-tune and ask all questions -> the columns, and the answer to the first held-out one."""
+    config = dataclasses.replace(lesson_config(lesson, seed), out=str(out / "run"), **variant.flags)
+    questions = evaluate.Config(config.out, str(lesson / "text/questions.jsonl"), device="cpu",
+                                template=variant.template, batch_size=128, max_new_tokens=32,
+                                save=str(out / "answers.jsonl"))
     with contextlib.redirect_stdout(io.StringIO()):
-        train_sft.main(train_sft.Config(**flags))
-        evaluate.main(evaluate.Config(flags["out"], questions, device="cpu", batch_size=128,
-                                      max_new_tokens=32, save=str(out / "answers.jsonl")))
-    n_trained = len(read_answers(lesson / "text/trained.jsonl"))
-    return results_of(read_answers(out / "answers.jsonl"), n_trained)
+        train(config, functools.partial(open_rows, variant.rows), variant.forward, train_sft.judge)
+        evaluate.main(questions)
+    n_trained = len(read_all(lesson / "text/sft_train.jsonl"))  # the others are held out
+    answers = read_all(out / "answers.jsonl")
+    return scores(answers, n_trained) | {"answer": answers[n_trained]["answer"]}
 
 
 def cell(values: list[float]) -> str:
@@ -139,21 +255,29 @@ def cell(values: list[float]) -> str:
     return f"{mean:.0%}" + (f" ({low:.0%} to {high:.0%})" if len(values) > 1 else "")
 
 
+def table_line(*cells: str) -> str:
+    return "| " + " | ".join(text.replace("|", "\\|") for text in cells) + " |"
+
+
 def main(config: Config) -> None:
     torch.set_num_threads(1)
-    root = Path(config.root)
-    shutil.rmtree(root / "runs", ignore_errors=True)
+    root, runs = Path(config.root), Path(config.root) / config.experiment
+    shutil.rmtree(runs, ignore_errors=True)
+    lessons = {seed: root / f"lesson_{seed}" for seed in config.seeds}
     first = config.seeds[0]
-    every, once = variants(lesson_flags(root / f"lesson_{first}", first))
-    lines = [f"| variant | seeds | {' | '.join(COLUMNS)} |", "|---|---|" + "---|" * len(COLUMNS)]
+    asked = read_all(lessons[first] / "text/heldout.jsonl")[0]["question"]
+    lines = [table_line("variant", "seeds", *COLUMNS, asked), "|---" * (len(COLUMNS) + 3) + "|"]
     print(*lines, sep="\n", flush=True)
-    for number, (name, (change, mask)) in enumerate((every | once).items()):
-        seeds = config.seeds if name in every else config.seeds[:1]
-        results = [run_variant(root, seed, str(number), change, mask) for seed in seeds]
+    variants = EXPERIMENTS[config.experiment](lesson_config(lessons[first], first))
+    for number, variant in enumerate(variants):
+        seeds = config.seeds if variant.every_seed else config.seeds[:1]
+        results = [run_variant(lessons[seed], seed, variant, runs / f"{number}_{seed}")
+                   for seed in seeds]
         cells = [cell([result[column] for result in results]) for column in COLUMNS]
-        lines.append(f"| {name} | {len(seeds)} | {' | '.join(cells)} |")
+        answer = results[0]["answer"][:24]
+        lines.append(table_line(variant.name, str(len(seeds)), *cells, f"`{answer!r}`"))
         print(lines[-1], flush=True)
-    (root / "table.md").write_text("\n".join(lines) + "\n")
+    (root / f"{config.experiment}.md").write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":
