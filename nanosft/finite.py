@@ -1,4 +1,4 @@
-"""Numbers that are not finite: named before they reach the weights, a checkpoint or a model."""
+"""Non-finite numbers: reported before they reach the weights, a checkpoint or a model."""
 
 import itertools
 import math
@@ -49,7 +49,7 @@ def bad_step(metrics: dict, batches: list, rows, config, model, forward: Callabl
              ) -> UserError:
     """For a step whose loss or gradient norm is not finite: the same error on all ranks.
 
-    It names up to three examples (in pretraining: rows) that give no finite loss even alone.
+    It names up to three examples (in pretraining: rows) whose loss is not finite even on their own.
     """
     per_epoch = math.ceil(len(rows) / config.rows_per_step)
     first = (metrics["step"] - 1) % per_epoch * config.rows_per_step  # row of the epoch
@@ -71,7 +71,7 @@ def bad_step(metrics: dict, batches: list, rows, config, model, forward: Callabl
 
 
 def one_by_one(batch) -> Iterator[tuple]:
-    """(its row, its first column, a MicroBatch of it alone) of each example of a MicroBatch."""
+    """For each example of a MicroBatch: (its row, its first column, a MicroBatch of it alone)."""
     for b, x in enumerate(batch.x):
         segments = torch.zeros_like(x) if batch.segments is None else batch.segments[b]
         for segment in segments[segments >= 0].unique():

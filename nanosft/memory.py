@@ -1,4 +1,4 @@
-"""The memory that sizes need, compared with what the machine has before anything is allocated."""
+"""Checks before anything is allocated: the memory that the sizes need against what there is."""
 
 import os
 
@@ -43,8 +43,8 @@ def require_weights(sizes) -> float:
 def require_training(sizes, config, ranks) -> str:
     """What a rank needs at its peak, as a line to print. UserError if it has less.
 
-    Weights, gradients and AdamW's two moments take 16 bytes a parameter. A layer keeps about 17
-    values of C a token for the backward pass (in bfloat16 on a GPU); the loss holds a chunk of
+    Weights, gradients and AdamW's two moments take 16 bytes a parameter. A layer keeps about 17 * C
+    values per token for the backward pass (in bfloat16 on a GPU); the loss holds a chunk of
     logits and its softmax; an evaluation holds all logits of a micro-batch, about three times.
     """
     V, L, C = sizes.vocab_size, sizes.n_layer, sizes.n_embd

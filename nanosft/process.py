@@ -1,4 +1,4 @@
-"""This process among others: asked to stop, left behind by its launcher, one of several ranks."""
+"""This process among others: requests to stop, a launcher that died, the other ranks."""
 
 import math
 import os
@@ -9,8 +9,8 @@ import time
 import torch.distributed as dist
 
 STARTED = time.monotonic()
-GRACE = 30  # seconds from SIGTERM to the end, like torchrun's
-SIGNALED = 1 << 20  # more than there are ranks: their sum shows whether any of them had a signal
+GRACE = 30  # seconds from SIGTERM to a hard exit, as in torchrun
+SIGNALED = 1 << 20  # more than there are ranks: their sum shows whether any rank got a signal
 
 
 class Stop:
@@ -44,7 +44,7 @@ class Stop:
 
 
 def end_with(parent: int) -> None:
-    """Stop this process once its parent is gone: SIGTERM, and after GRACE seconds for good."""
+    """Stop this process once its parent is gone: SIGTERM, then a hard exit after GRACE seconds."""
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -57,7 +57,7 @@ def end_with(parent: int) -> None:
 
 
 def gather(mine) -> list:
-    """One object of each rank, in the order of the ranks."""
+    """One object from each rank, in rank order."""
     if not dist.is_initialized():
         return [mine]
     everyone = [None] * dist.get_world_size()
