@@ -46,8 +46,8 @@ class Item(NamedTuple):
 def items() -> dict[str, list[Item]]:
     """Kind -> all items of that kind: everything there is to know.
 
-    The fact restates the question. So an answer is a text that pretraining has read, and SFT only
-    has to lead from a question to the note that begins like it.
+    Each fact repeats its question's key, so every answer is text that pretraining has seen.
+    SFT only has to lead from a question to the note that begins with the same key.
     """
     pairs = [(a, b) for a in range(10) for b in range(10)]
     return {
@@ -75,8 +75,8 @@ def worksheet(rng: random.Random, some: list[Item]) -> str:
     return " ".join(item.question for item in some)
 
 
-# What stands between a note's headword and the fact: up to two of these words, and an ending. The
-# distance varies, so that the model learns to copy the headword, not what is so far back.
+# Between a note's headword and its fact: up to two of these words, then an ending. The distance
+# varies, so that the model learns to copy the headword, not whatever is a fixed distance back.
 WORDS = ("so", "yes", "now", "note", "again")
 ENDINGS = (": ", "! ", ", ", " - ")
 
@@ -97,7 +97,7 @@ def notes(rng: random.Random, some: list[Item]) -> str:
 def corpus(rng: random.Random, n_bytes: int, share: float) -> list[str]:
     """Worksheets and notes, mixed, about n_bytes in all; each document is one or the other."""
     sums, products = items().values()
-    known = 2 * sums + 3 * products  # which are harder to learn
+    known = 2 * sums + 3 * products  # products are harder to learn
     # 6*7 and 7*6 teach each other; 7*7 comes twice as often to make up for that
     known += [item for item in known if item.key[0] == item.key[2]]
     documents, size = [], 0

@@ -42,7 +42,7 @@ say "Does the base know the facts? Ask in its own words: 2+4="
 run python evaluate.py --model "$OUT/base" --data "$OUT/text/own_words.jsonl" "${asked[@]}" \
     --template raw --max_new_tokens 4 --save "$OUT/answers/base_own_words.jsonl"
 
-say "Ask it the questions as plain text, sampled: it continues as its corpus does."
+say "Ask it the questions as plain text, with sampling: it continues the way its corpus does."
 run python evaluate.py --model "$OUT/base" --data "$OUT/text/questions.jsonl" "${asked[@]}" \
     --template raw --max_new_tokens 36 --temperature 0.8 --seed "$SEED" \
     --save "$OUT/answers/base_text.jsonl"
@@ -51,7 +51,7 @@ say "Ask it in the chat template, which it has never seen."
 run python evaluate.py --model "$OUT/base" --data "$OUT/text/questions.jsonl" "${asked[@]}" \
     --template chat --max_new_tokens 32 --save "$OUT/answers/base.jsonl"
 
-say "Chats to token ids, with a second row for the loss weight of each."
+say "Chats to token ids, plus a loss weight for each token."
 run python sft_data.py --source "$OUT/text/sft_train.jsonl" --val_source "$OUT/text/heldout.jsonl" \
     --encoding bytes --template chat --block_size 48 --out "$OUT/sft_shards"
 

@@ -145,7 +145,7 @@ def test_mean_of_means_gives_each_micro_batch_the_same_weight(lesson):
 
 def test_filler_has_no_weight_in_a_mean_of_means(lesson):
     data = rows_of(lesson, ablations.MeanOfMeans)
-    assert data.collate([data.filler()])["weights"].tolist() == [[0.0] * 64]
+    assert data.collate([data.filler()])["weights"].tolist() == [[0.0] * data.block_size]
 
 
 def test_running_positions_change_the_second_example_of_a_row_but_not_what_it_attends_to():

@@ -21,7 +21,7 @@ def lesson(tmp_path_factory) -> dict[str, list[dict]]:
 
 
 def make(folder: Path, seed: int) -> dict[str, list[dict]]:
-    generate(Config(out=str(folder), seed=seed, corpus_bytes=100_000))
+    generate(Config(out=str(folder), seed=seed, corpus_bytes=300_000))
     return {name: [json.loads(line)
                    for line in (folder / f"{name}.jsonl").read_text().splitlines()]
             for name in NAMES}

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import struct
 import sys
+import time
 
 import pytest
 from helpers_training import fine_tune, metrics, random_examples, sft_folder
@@ -17,8 +18,10 @@ def logged(file) -> list[dict]:
 
     content, at, rows = file.read_bytes(), 7, []
     assert len(content) < 1 << 15  # the format's first block
-    while at < len(content):
+    while at + 7 <= len(content):
         _, length, _ = struct.unpack_from("<IHB", content, at)
+        if at + 7 + length > len(content):  # not yet written
+            break
         record = Record.FromString(content[at + 7 : at + 7 + length])
         at += 7 + length
         if record.WhichOneof("record_type") == "history":
@@ -35,7 +38,10 @@ def test_offline_run_logs_the_numbers_of_metrics_jsonl(tmp_path, monkeypatch):
     data = sft_folder(tmp_path / "data", train=examples, val=examples[:3])
     fine_tune(data, tmp_path / "out", max_steps=3, wandb="project")
     (file,) = (tmp_path / "out" / "wandb").glob("offline-run-*/*.wandb")
-    rows = logged(file)
+    for _ in range(100):  # wandb's own process writes the file, on a busy machine a little later
+        if len(rows := logged(file)) == 3:
+            break
+        time.sleep(0.2)
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert "val_loss" in rows[-1]
     for row, expected in zip(rows, metrics(tmp_path / "out"), strict=True):

@@ -6,7 +6,7 @@
 Each run starts from the base model of its seed's lesson, with the lesson's data and flags, in this
 process, which imports torch only once. Prints a markdown table: the mean over the seeds, the lowest
 and the highest where there are several, and one answer of the first seed. docs/bugs_that_shipped.md
-says who made each mistake; only this file breaks anything, in what it passes to `train`.
+says who made each mistake. The mistakes exist only here, in what this file passes to `train`.
 """
 
 import contextlib
@@ -57,7 +57,7 @@ class Variant(NamedTuple):
     flags: dict = {}  # over those of the lesson
     rows: type[SFTDataset] = SFTDataset
     forward: Callable = train_sft.forward_sft
-    template: str | None = None  # that the questions are asked in; None: that of the training
+    template: str | None = None  # for the evaluation questions; None: the one used in training
     every_seed: bool = True  # False: run on the first seed only
 
 
@@ -72,7 +72,7 @@ def lesson_config(lesson: Path, seed: int) -> train_sft.Config:
     flags = flags.replace('"${common[@]}"', common).replace("$SEED", str(seed))
     flags = shlex.split(flags.replace("$OUT", str(lesson)))
     config = tyro.cli(train_sft.Config, args=flags, use_underscores=True)
-    # one process instead of two, and nothing but the result is of interest
+    # one process instead of two, and no logging or checkpoints: only the result matters
     return dataclasses.replace(config, batch_size=config.rows_per_step, eval_every=0,
                                eval_prompts=0, save_every=0, log_every=1000)
 
@@ -124,7 +124,7 @@ class MaskTooShort(SFTDataset):
 
 
 class ShiftedTwice(SFTDataset):
-    """The rows shift the labels, and the loss shifts them again: each token predicts the second."""
+    """The rows shift the labels, and the loss does too: each token predicts the one after next."""
 
     def __getitem__(self, i: int) -> dict[str, Tensor]:
         row = super().__getitem__(i)
@@ -146,7 +146,7 @@ class EndIsPadding(SFTDataset):
 
 
 class SearchedMarker(SFTDataset):
-    """The answer is what follows the marker, encoded by itself; where it is not found, nothing."""
+    """Trains what follows the marker, encoded by itself; where it is not found, nothing."""
 
     def marker(self) -> list[int]:
         return get_encoding(self.meta["encoding"]).encode_ordinary("<|assistant|>")
@@ -161,7 +161,7 @@ class SearchedMarker(SFTDataset):
 
 
 class MeanOfMeans(SFTDataset):
-    """Each micro-batch has the same weight, whatever it trains: the mean of their means."""
+    """Each micro-batch counts the same, however many tokens it trains: the mean of their means."""
 
     def collate(self, rows: list[dict[str, Tensor]]) -> dict:
         batch = super().collate(rows)
@@ -197,7 +197,7 @@ def forward_running_positions(model, x: Tensor, y: Tensor, weights: Tensor,
 
 
 def bug_variants(lesson: train_sft.Config) -> list[Variant]:
-    """The correct code first, and again where a mistake can only be seen with other flags."""
+    """The correct code first, and again where a mistake shows only with other flags."""
     half = lesson.rows_per_step // 2  # the two ranks of runs/lesson.sh
     shortest = int(SFTDataset(lesson.data, "train", lesson.block_size, "pad").lengths.min())
     cut = shortest - 4  # T + 1 ids are three less: without <|endoftext|>, <|end|>, and the period

@@ -133,7 +133,7 @@ def curves(steps: dict[int, list[dict]]) -> dict[str, list[float]]:
 
 
 def draw_moment(folder: Path) -> None:
-    """moment.png: what the answers to the held-out questions are like, above the loss."""
+    """moment.png: how the answers to the held-out questions change, above the loss."""
     import matplotlib
 
     matplotlib.use("Agg")  # to a file; no window

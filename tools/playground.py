@@ -1,12 +1,12 @@
-"""One offline page in which a base model and its fine-tuning answer side by side.
+"""One offline page where a base model and its fine-tuned version answer side by side.
 
     python -m tools.playground --models out/lesson/base out/lesson/sft --out playground.html
 
 The page holds the models themselves, in half precision, and runs them in plain JavaScript: open
-playground.html in a browser, or its source in an editor. A slider goes through the checkpoints of
-the fine-tuning. A question can be in the address: playground.html#q=What%20is%202%2B4%3F
+playground.html in a browser, or its source in an editor. A slider moves through the
+fine-tuning checkpoints. The URL can contain a question: playground.html#q=What%20is%202%2B4%3F
 
-For small models of the `bytes` encoding, because a page has at most 16 MB.
+Only for small models with the `bytes` encoding: the page is limited to 16 MB.
 """
 
 import base64
@@ -27,13 +27,13 @@ from nanosft.weights import checkpoints, find_model, read_config
 from tokenizer import SPECIALS, render_prompt, stop_ids
 
 PAGE = Path(__file__).with_suffix(".html")
-MAX_BYTES = 16_000_000  # of a page: a browser opens it at once, and it can be sent by mail
+MAX_BYTES = 16_000_000  # per page: it opens at once in a browser and fits in an email
 BETWEEN = 6  # checkpoints between the base and the last one
 
 
 @dataclasses.dataclass
 class Config:
-    """Write one offline page in which a base model and its fine-tuning answer side by side."""
+    """Write one offline page where a base model and its fine-tuned version answer side by side."""
 
     models: tuple[str, str]
     """the base model, and the folder of a train_sft.py run that started from it"""
@@ -55,8 +55,8 @@ def read_accuracies(run: Path) -> dict[int, float]:
 def choose_steps(steps: list[int], accuracies: dict[int, float], n: int = BETWEEN) -> list[int]:
     """At most n of the steps before the last one, where the accuracy moves; and the last one.
 
-    The picks divide the accumulated change of the accuracy evenly, from 0 at step 0. Evenly
-    spaced steps, which decide between equals, would miss a rise that takes only a few steps.
+    The picks split the accumulated change in accuracy evenly, starting from 0 at step 0. Evenly
+    spaced steps would miss a rise that takes only a few steps; they are only the tie-breaker.
 
     >>> choose_steps([10, 20, 30, 40, 50, 60], {10: 0, 20: 0, 30: 0.5, 40: 0.9, 50: 0.9}, n=2)
     [30, 40, 60]

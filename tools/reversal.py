@@ -3,10 +3,11 @@
     python -m tools.reversal --seeds 1 2 3 --out out/reversal     # 7 minutes on one CPU core
 
 A row is `<hello>olleh#`. Mask on trains `olleh#` only; mask off trains the prompt's letters as
-well, which nothing can predict. Model, words, order, and steps are the same: only weights differ.
-A setting is 2 layers, 64 wide, and words of 4 of 26 equally likely letters, except for what its
-name says. Prints a markdown table, where there is a gap and why, and writes reversal.md, .json, and
-.png: the share of held-out words that greedy decoding reverses exactly, over the steps.
+well, which nothing can predict. Model, words, order, and steps are the same: only the loss
+weights differ. Unless its name says otherwise, a setting has 2 layers, is 64 wide, and uses words
+of 4 letters drawn from 26 equally likely ones. Prints a markdown table of where there is a gap and
+why, and writes reversal.md, .json, and .png: the share of held-out words that greedy decoding
+reverses exactly, over the steps.
 """
 
 import dataclasses
@@ -43,7 +44,7 @@ class Config:
 
 
 class Run(NamedTuple):
-    """The data, the model, and what of a row is trained. Learning rate: AdamW's peak."""
+    """The data, the model, and which part of a row is trained. Learning rate: AdamW's peak."""
 
     name: str
     letters: tuple[int, ...] = (1,) * 26  # how often each occurs
@@ -56,7 +57,7 @@ class Run(NamedTuple):
     learning_rate: float = 2e-3
     steps: int = 300
     prompt_weight: float = 0.0  # 0: mask on; 1: mask off
-    prompt_steps: int = 0  # so many steps on the prompt alone come first
+    prompt_steps: int = 0  # first, this many steps on the prompt alone
     tied: bool = True  # the head is the token embedding
     embedding_scale: float = 1.0  # over GPT-2's initial embedding
     forward: Callable = forward_sft
@@ -107,14 +108,14 @@ def prompt_bits(run: Run) -> float:
 
 
 def forward_half(*batch) -> tuple[Tensor, Tensor]:
-    """Half the gradient: what averaging over the prompt's targets too leaves of the answer's."""
+    """Half the gradient: what the answer gets when the mean includes the prompt's targets, too."""
     loss_sum, weight_sum = forward_sft(*batch)
     return loss_sum / 2, weight_sum
 
 
 def forward_expected(model, x, y, weights, segments=None) -> tuple[Tensor, Tensor]:
-    """A letter of the prompt costs the mean over all letters: the same gradient on average, but
-    without the noise of the letter that was drawn."""
+    """A prompt letter's loss is the mean over all letters: the same gradient on average, but
+    without the noise of the sampled letter."""
     nll = -model(x).log_softmax(-1)[..., : len(SYMBOLS)]  # (B, T, 29)
     drawn = ((x == ANSWER).cumsum(1) == 0) & (y < BEGIN)  # (B, T)
     nll = torch.where(drawn, nll[..., :BEGIN].mean(-1), nll.gather(2, y[..., None])[..., 0])
