@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The lesson, on a CPU in two to three minutes: a model knows the answers but does not give them;
+# The lesson, on a CPU in three to five minutes: a model knows the answers but does not give them;
 # fine-tuning on half of the questions makes it answer the other half, too.
 #
 #     bash runs/lesson.sh                       # into out/lesson, which it replaces
