@@ -31,10 +31,9 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from model import GPT, IGNORE_INDEX, GPTConfig
-from nanosft import checkpoint, finite, memory
+from nanosft import checkpoint, finite, memory, process
 from nanosft.cli import UserError, minutes, run_cli
 from nanosft.hf_tokenizer import save_model
-from nanosft.process import Stop
 from nanosft.shards import Shards, read_meta
 from nanosft.weights import newest_checkpoint, pad_vocab
 from tokenizer import get_encoding
@@ -107,7 +106,7 @@ class Ranks:
     rank: int
     world_size: int
     device: torch.device
-    stop: Stop = dataclasses.field(default_factory=Stop)
+    stop: process.Stop = dataclasses.field(default_factory=process.Stop)
 
     @property
     def is_main(self) -> bool:
@@ -121,11 +120,8 @@ class Ranks:
 
     def gather(self, mine: list) -> list:
         """A list of which each rank has the items [rank::world_size], whole again on every rank."""
-        if self.world_size == 1:
-            return mine
-        parts = [None] * self.world_size
-        dist.all_gather_object(parts, mine)
-        return [item for turn in itertools.zip_longest(*parts) for item in turn if item is not None]
+        turns = itertools.zip_longest(*process.gather(mine))
+        return [item for turn in turns for item in turn if item is not None]
 
     def autocast(self) -> contextlib.AbstractContextManager:
         if self.device.type == "cuda":

@@ -19,11 +19,11 @@ all later ones build on it. `correct` says which, for --where correct=true.
 """
 
 import dataclasses
-import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
 
+from data.worksheet import write_rows
 from nanosft.cli import UserError, require_at_least, run_cli
 
 
@@ -111,10 +111,6 @@ def training_set(rng: random.Random, questions: list[tuple[int, ...]], correct: 
     return [make_row(addends) if right else
             make_row(addends, rng.randrange(len(addends) - 1), rng.choice((-1, 1)))
             for addends, right in zip(questions, is_correct)]
-
-
-def write_rows(path: Path, rows: list[dict]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def main(config: Config) -> None:
