@@ -119,7 +119,7 @@ class Ranks:
         return tensor
 
     def gather(self, mine: list) -> list:
-        """A list of which each rank has the items [rank::world_size], whole again on every rank."""
+        """Reassemble a list, on every rank, from each rank's items [rank::world_size]."""
         turns = itertools.zip_longest(*process.gather(mine))
         return [item for turn in turns for item in turn if item is not None]
 
