@@ -7,8 +7,8 @@ has read many worksheets continues with "What is 3+3? What is 4+4?": in its corp
 follows a question. It has read "2+2=4.", too: the knowledge is in the weights, but nothing leads
 from the question to the fact. This corpus causes that failure on purpose:
 
-    worksheets   What is 3+5? What is 4*2? What is 6+2?
-    notes        2+5=7. 3*5 yes, 3*5=15. 6+4=10. 1+3 so again: 1+3=4.
+    worksheets   What is 3+5? What is 4*2? What is 9-2?
+    notes        2+5=7. 3*5 yes, 3*5=15. 9-4=5.
 
 Every question is in worksheets and every fact in notes; nothing in the corpus joins the two. The
 SFT rows answer HALF of the questions. The other half is held out: its facts occur in pretraining
@@ -49,9 +49,10 @@ def items() -> dict[str, list[Item]]:
     Each fact repeats its question's key, so every answer is text that pretraining has seen.
     SFT only has to lead from a question to the note that begins with the same key.
     """
-    pairs = [(a, b) for a in range(10) for b in range(10)]
+    pairs = [(a, b) for a in range(1, 10) for b in range(1, 10)]
     return {
         "sum": [make_item(f"{a}+{b}", a + b) for a, b in pairs],
+        "difference": [make_item(f"{a}-{b}", a - b) for a, b in pairs if a >= b],
         "product": [make_item(f"{a}*{b}", a * b) for a, b in pairs],
     }
 
@@ -71,39 +72,40 @@ def split_half(rng: random.Random) -> tuple[list, list]:
 
 
 def worksheet(rng: random.Random, some: list[Item]) -> str:
-    """What is 3+5? What is 4*2? What is 6+2?"""
+    """What is 3+5? What is 4*2? What is 9-2?"""
     return " ".join(item.question for item in some)
 
 
 # Between a note's headword and its fact: up to two of these words, then an ending. The distance
 # varies, so that the model learns to copy the headword, not whatever is a fixed distance back.
 WORDS = ("so", "yes", "now", "note", "again")
-ENDINGS = (": ", "! ", ", ", " - ")
+ENDINGS = (": ", "! ", ", ")
 
 
 def note(rng: random.Random, item: Item) -> str:
     """2+5=7. or, with a headword, 2+5 again: 2+5=7."""
-    if rng.random() < 0.5:
+    if rng.random() < 0.7:
         return item.fact
     words = rng.sample(WORDS, rng.choice((0, 0, 1, 2)))
     return " ".join([item.key, *words]) + rng.choice(ENDINGS) + item.fact
 
 
 def notes(rng: random.Random, some: list[Item]) -> str:
-    """2+5=7. 3*5 yes, 3*5=15. 6+4=10."""
+    """2+5=7. 3*5 yes, 3*5=15. 9-4=5."""
     return " ".join(note(rng, item) for item in some)
 
 
 def corpus(rng: random.Random, n_bytes: int, share: float) -> list[str]:
     """Worksheets and notes, mixed, about n_bytes in all; each document is one or the other."""
-    sums, products = items().values()
-    known = 2 * sums + 3 * products  # products are harder to learn
+    sums, differences, products = items().values()
+    known = 2 * sums + 3 * differences + 3 * products  # products are harder to learn
     # 6*7 and 7*6 teach each other; 7*7 comes twice as often to make up for that
     known += [item for item in known if item.key[0] == item.key[2]]
     documents, size = [], 0
     while size < n_bytes:
         make = worksheet if rng.random() < share else notes
-        documents.append(make(rng, rng.sample(known, rng.randint(2, 8))))
+        # short, so that a row has several and a fact is recalled whatever stands before it
+        documents.append(make(rng, rng.sample(known, rng.randint(2, 4))))
         size += len(documents[-1]) + 1
     return documents
 

@@ -36,7 +36,7 @@ run python fineweb.py --source "$OUT/text/corpus.jsonl" --encoding bytes --val_t
 say "Pretraining: learn P(text)."
 both train_gpt2.py --data "$OUT/shards" --out "$OUT/base" "${common[@]}" --eval_every 0 \
     --n_layer 3 --n_head 4 --n_embd 128 --batch_size 10 --rows_per_step 20 \
-    --max_steps 2000 --learning_rate 3e-3 --warmup_steps 30 --weight_decay 0.3
+    --max_steps 1800 --learning_rate 3e-3 --warmup_steps 30 --weight_decay 0.3
 
 say "Does the base know the facts? Ask in its own words: 2+4="
 run python evaluate.py --model "$OUT/base" --data "$OUT/text/own_words.jsonl" "${asked[@]}" \

@@ -41,7 +41,7 @@ def test_half_of_each_kind_is_held_out_and_absent_from_the_sft_rows(lesson):
     heldout = questions(lesson["heldout"])
     assert not questions(lesson["sft_train"]) & heldout
     for kind in items().values():
-        assert len(heldout & {item.question for item in kind}) == len(kind) // 2
+        assert len(heldout & {item.question for item in kind}) == (len(kind) + 1) // 2
     sft_text = json.dumps(lesson["sft_train"])
     assert not any(row["answer"] in sft_text for row in lesson["heldout"])
     assert lesson["questions"] == lesson["sft_train"] + lesson["heldout"]
@@ -63,7 +63,7 @@ def test_no_document_has_both_a_question_and_a_fact(lesson):
 
 
 def test_facts_are_true_and_questions_are_distinct():
-    assert len({item.question for item in EVERYTHING}) == len(EVERYTHING) == 10 * 10 + 10 * 10
+    assert len({item.question for item in EVERYTHING}) == len(EVERYTHING) == 81 + 45 + 81
     for item in EVERYTHING:
         left, right = item.fact[:-1].split("=")
         assert left == item.key and eval(left) == int(right)
@@ -77,8 +77,9 @@ def test_both_halves_together_are_everything():
 def test_doubles_are_as_frequent_as_a_pair_of_mirrored_facts(lesson):
     """7*7 is seen about as often as 6*7 and 7*6 together."""
     corpus = " ".join(row["text"] for row in lesson["corpus"])
-    counts = [corpus.count(f" {a}*{b}=") for a in range(10) for b in range(10) if a != b]
-    doubles = [corpus.count(f" {a}*{a}=") for a in range(10)]
+    counts = [corpus.count(f" {a}*{b}=") for a in range(1, 10) for b in range(1, 10)
+              if a != b]
+    doubles = [corpus.count(f" {a}*{a}=") for a in range(1, 10)]
     ratio = (sum(doubles) / len(doubles)) / (sum(counts) / len(counts))
     assert 1.6 < ratio < 2.4
 
@@ -137,7 +138,7 @@ def test_scores_count_each_half_separately():
 
 def test_format_is_one_fact_and_its_end():
     """An answer to another question has it; a fact that goes on, or another question, has not."""
-    texts = {"2+4=6.": True, "2*4=6.": True, "2+4=6. ": False, "2+4=6. 1+1=2.": False,
+    texts = {"2+4=6.": True, "2*4=6.": True, "9-4=5.": True, "2+4=6. ": False, "2+4=6. 1+1=2.": False,
              "What is 2+4?": False, "2+4=": False, "": False}
     for text, formed in texts.items():
         assert is_formed({"answer": text, "stopped": True}) == formed

@@ -17,7 +17,7 @@ import tyro
 from nanosft.cli import UserError, run_cli
 from nanosft.sources import read_rows
 
-FORMAT = re.compile(r"\d+[+*]\d+=\d+\.")  # 2+4=6.
+FORMAT = re.compile(r"\d+[-+*]\d+=\d+\.")  # 2+4=6.
 
 
 @dataclasses.dataclass
