@@ -138,8 +138,8 @@ def test_scores_count_each_half_separately():
 
 def test_format_is_one_fact_and_its_end():
     """An answer to another question has it; a fact that goes on, or another question, has not."""
-    texts = {"2+4=6.": True, "2*4=6.": True, "9-4=5.": True, "2+4=6. ": False, "2+4=6. 1+1=2.": False,
-             "What is 2+4?": False, "2+4=": False, "": False}
+    texts = {"2+4=6.": True, "2*4=6.": True, "9-4=5.": True, "2+4=6. ": False,
+             "2+4=6. 1+1=2.": False, "What is 2+4?": False, "2+4=": False, "": False}
     for text, formed in texts.items():
         assert is_formed({"answer": text, "stopped": True}) == formed
         assert not is_formed({"answer": text, "stopped": False})
