@@ -58,7 +58,7 @@ run python sft_data.py --source "$OUT/text/sft_train.jsonl" --val_source "$OUT/t
 say "Fine-tuning: the same loop on those chats; learn P(response | prompt)."
 both train_sft.py --data "$OUT/sft_shards" --init "$OUT/base" --out "$OUT/sft" "${common[@]}" \
     --layout fit --batch_size 4 --rows_per_step 8 --max_steps 200 --learning_rate 3e-4 \
-    --warmup_steps 10 --eval_every 10 --eval_prompts 100 --save_every 10
+    --warmup_steps 10 --eval_every 10 --eval_prompts 105 --save_every 10
 
 say "Ask the fine-tuned model the same questions, and the facts in the base's words."
 run python evaluate.py --model "$OUT/sft" --data "$OUT/text/questions.jsonl" "${asked[@]}" \
