@@ -139,23 +139,23 @@ def measure_steps(config, path: str, c, rows, forward: Callable, profile: bool =
         return {"tokens": tokens, "trained_tokens": trained} | loading
 
     done = timed(step, warmup(config), config.steps)
-    total = {key: sum(row[key] for row in done) for key in ("tokens", "trained_tokens", "loading",
-                                                            "seconds")}
-    tokens, trained, loading, seconds = total.values()
+    tokens, trained, loading, seconds = (sum(row[key] for row in done) for key in (
+        "tokens", "trained_tokens", "loading", "seconds"))
     one_text, first = torch.zeros(c.block_size, dtype=torch.long), warmup(config) * c.rows_per_step
     used = range(len(rows))[first : first + config.steps * c.rows_per_step]
     pairs = sum(seen_pairs(rows[i].get("segments", one_text)) for i in used)
-    parts = 3 if path == "evaluate" else 1  # the forward pass is a third of a step's FLOPs
+    part = 1 / 3 if path == "evaluate" else 1  # the forward pass
+    needed = part * flops(gpt.config, tokens, trained, pairs)
+    by_palm = part * flops(gpt.config, tokens, tokens, tokens * c.block_size)
     found = summary(done, ranks.device) | {
-        "loading": loading / seconds,
-        "flops_per_s": flops(gpt.config, tokens, trained, pairs) / parts / seconds,
-        "palm_flops_per_s":
-            flops(gpt.config, tokens, tokens, tokens * c.block_size) / parts / seconds}
+        "loading": loading / seconds, "flops_per_s": needed / seconds,
+        "palm_flops_per_s": by_palm / seconds}
     if profile:
         with torch.profiler.profile() as profiled:
             step()
         table = profiled.key_averages().table
-        found["profile"] = table(sort_by=f"self_{ranks.device.type}_time_total", row_limit=20)
+        key = f"self_{ranks.device.type}_time_total"
+        found["profile"] = "\n" + table(sort_by=key, row_limit=20, max_name_column_width=60)
     return found
 
 
@@ -210,13 +210,11 @@ def summary(steps: list[dict], device: torch.device) -> dict:
     return rates | {"seconds": seconds, "peak_memory_gb": peak_memory_gb(device)}
 
 
-def in_its_own_process(function: Callable, *args, python: str | None = None) -> dict:
+def in_its_own_process(function: Callable, *args) -> dict:
     """function(*args) in a new process, so that peaks of memory do not mix; {"error": …} if it
     fails there."""
-    context = get_context("spawn")
-    context.set_executable(python or sys.executable)
     try:
-        with ProcessPoolExecutor(1, context) as pool:
+        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
             return pool.submit(function, *args).result()
     except Exception as error:  # also out of memory, or killed
         return {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
