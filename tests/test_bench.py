@@ -59,7 +59,8 @@ KEYS = {
 
 def test_quick_measures_each_path_and_writes_json_lines(tmp_path, capsys):
     log = tmp_path / "bench.jsonl"
-    bench.main(bench.Config(",".join(KEYS), quick=True, json=str(log), device="cpu"))
+    bench.main(bench.Config(",".join(KEYS), quick=True, batch_size=1, steps=1, json=str(log),
+                            device="cpu"))
     machine, *rows = map(json.loads, log.read_text().splitlines())
     assert machine["path"] == "machine" and machine["flops_per_s"] > 0
     assert {row["path"] for row in rows} == set(KEYS)
@@ -74,7 +75,7 @@ def test_quick_measures_each_path_and_writes_json_lines(tmp_path, capsys):
 def test_length_changes_T_and_keeps_the_tokens_of_a_step(monkeypatch):
     seen = []
     monkeypatch.setattr(workload, "measure_steps", lambda config, path, c, *rest: seen.append(c))
-    config = bench.Config(**bench.QUICK | {"batch_size": 4}, accumulate=2)
+    config = bench.Config(**bench.QUICK, batch_size=4, accumulate=2)
     for setting in bench.SETTINGS["length"]:
         bench.measure_training(config, "length", **setting)
     assert [c.block_size for c in seen] == [256, 512, 1024, 2048]

@@ -35,7 +35,6 @@ from nanosft.cli import UserError, require_at_least, require_choice, run_cli
 from packing import LAYOUTS, Plan
 from tokenizer import get_encoding
 from tools import workload
-from tools.workload import TRAINED, summary, timed
 
 ROWS = 10_000
 SETTINGS = {  # path: the settings of its lines in the table
@@ -50,11 +49,11 @@ SETTINGS = {  # path: the settings of its lines in the table
     "prepare": [{"rows": n * ROWS} for n in (1, 10, 100)],
     "plan": [{"layout": layout, "rows": n * ROWS} for layout in LAYOUTS for n in (1, 10, 100)],
 }
+HEAD = " " * 39 + "tokens/s  trained/s      limit        MFU    seconds    peak GB"
 COLUMNS = {"tokens_per_s": ",.0f", "trained_tokens_per_s": ",.0f", "limit": ".1%", "MFU": ".1%",
            "seconds": ".3f", "peak_memory_gb": ".2f"}
 NOTES = ("loading", "torch_seconds", "kept_bytes", "peak_bytes")
-QUICK = {"n_layer": 1, "n_head": 1, "n_embd": 16, "vocab_size": 512, "block_size": 256, "steps": 2,
-         "batch_size": 1}
+QUICK = {"n_layer": 1, "n_head": 1, "n_embd": 16, "vocab_size": 512, "block_size": 256}
 
 
 @dataclasses.dataclass
@@ -77,14 +76,14 @@ class Config:
     device: str = "auto"
     compile: bool = False
     profile: bool = False
-    """of the training paths, also list where the time of a step goes"""
+    """also list where the time of a training step goes"""
     json: str | None = None
     """append each result to this file, one JSON object per line"""
     quick: bool = False
     """a tiny model, all in one process: the numbers mean nothing"""
 
 
-def measure_training(config: Config, path: str, T: int = 0, share: float = TRAINED, **flags):
+def measure_training(config: Config, path: str, T: int = 0, share=workload.TRAINED, **flags):
     """The step on random examples; T: as many tokens, in rows of T."""
     T = T or config.block_size
     B = max(1, config.batch_size * config.block_size // T)
@@ -108,7 +107,7 @@ def measure_generation(config: Config, path: str, prompts: int) -> dict:
     def step() -> dict:
         return {"tokens": sum(map(len, model.generate(ids, new, temperature=0)))}
 
-    found = summary(timed(step, 1, config.steps), device)
+    found = workload.summary(workload.timed(step, 1, config.steps), device)
     weights, cache = sum(p.nbytes for p in model.parameters()), 8 * config.n_layer * config.n_embd
     read = weights / prompts + cache * (32 + new / 2)  # per new token, on average
     return found | {"bytes_per_s": found["tokens_per_s"] * read}
@@ -117,7 +116,7 @@ def measure_generation(config: Config, path: str, prompts: int) -> dict:
 def measure_startup(config: Config, path: str) -> dict:
     """Seconds from the command train_sft.py to its first step, torch's own start included."""
     with tempfile.TemporaryDirectory() as data:
-        workload.random_shards(data, "sft", ROWS, TRAINED, 261)
+        workload.random_shards(data, "sft", ROWS, workload.TRAINED, vocab_size=261)
         flags = {key: getattr(config, key) for key in ("n_layer", "n_head", "n_embd", "device")}
         flags |= {"data": data, "out": f"{data}/out", "init": "scratch"}
         words = [sys.executable, train_sft.__file__, *(f"--{k}={v}" for k, v in flags.items())]
@@ -138,10 +137,9 @@ def measure_preparation(config: Config, path: str, rows: int) -> dict:
         seconds, tokens = workload.prepare(f"{folder}/rows.jsonl*{rows // ROWS}", f"{folder}/out")
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6  # of its largest process
     encode, clock = get_encoding("gpt2").encode_ordinary_batch, time.perf_counter()
-    ids = encode(texts, num_threads=os.cpu_count())
-    bare = sum(map(len, ids)) / (time.perf_counter() - clock)
-    return {"tokens_per_s": tokens / seconds, "limit": tokens / seconds / bare, "seconds": seconds,
-            "peak_memory_gb": peak}
+    n_ids = sum(map(len, encode(texts, num_threads=os.cpu_count())))
+    rate, bare = tokens / seconds, n_ids / (time.perf_counter() - clock)
+    return {"tokens_per_s": rate, "limit": rate / bare, "seconds": seconds, "peak_memory_gb": peak}
 
 
 def measure_planner(config: Config, path: str, layout: str, rows: int) -> dict:
@@ -149,7 +147,7 @@ def measure_planner(config: Config, path: str, layout: str, rows: int) -> dict:
     T, R = config.block_size, config.batch_size * config.accumulate
     lengths = workload.random_lengths(rows).clip(max=T + 1)
     make = functools.partial(Plan, lengths, T, layout, rows_per_step=R)
-    found = summary(timed(lambda: {"rows": len(make())}, 1, config.steps), torch.device("cpu"))
+    found = workload.summary(workload.timed(lambda: {"rows": len(make())}, 1, config.steps))
     tracemalloc.start()
     plan, bound = make(), -(-int(lengths.sum(dtype=int)) // (T + 1))
     kept, peak = ((lengths.nbytes + n) / rows for n in tracemalloc.get_traced_memory())
@@ -185,8 +183,9 @@ def main(config: Config) -> None:
     machine = measure(config, {"path": "machine"})
     if "error" in machine:
         raise UserError(machine["error"])
-    heads = "tokens/s", "trained/s", *list(COLUMNS)[2:-1], "peak GB"
-    print(machine, " " * 35 + "".join(f"{head:>11}" for head in heads), sep="\n ")
+    print(*(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+            for key, value in machine.items()), sep=", ")
+    print(HEAD)
     with open(config.json or os.devnull, "a") as log:
         print(json.dumps({"path": "machine"} | machine), file=log)
         for job in jobs:

@@ -25,7 +25,7 @@ from nanosft.shards import ShardWriter, read_meta, write_meta
 
 # ln(ids per example) of GSM8K's training split, gpt2 and the chat template; the share trained
 MEAN_LENGTH, STD_LENGTH, TRAINED = math.log(145), 0.36, 0.62
-ROOT = Path(__file__).parents[1]
+ROOT, CPU = Path(__file__).parents[1], torch.device("cpu")
 EOT = 256  # of the `bytes` encoding, whose name random shards carry: it needs no vocabulary file
 WORDS = "the a of and to in is she has how many each 3 12 week sold apples dollars gives twice + ="
 
@@ -202,7 +202,7 @@ def timed(step: Callable[[], dict], warmup: int, steps: int) -> list[dict]:
     return rows[warmup:]
 
 
-def summary(steps: list[dict], device: torch.device) -> dict:
+def summary(steps: list[dict], device: torch.device = CPU) -> dict:
     """Medians of the steps' tokens/s and seconds; this process's peak memory."""
     rates = {f"{key}_per_s": statistics.median(step[key] / step["seconds"] for step in steps)
              for key in ("tokens", "trained_tokens") if key in steps[0]}
