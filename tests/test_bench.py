@@ -100,8 +100,9 @@ def test_unknown_path_is_refused(module):
 def test_loop_with_full_logits_computes_our_loss(tmp_path, isolate):
     """So the comparison is about speed alone."""
     workload.random_shards(str(tmp_path), "sft", 20, 0.5, vocab_size=261)
-    c = train_sft.Config(str(tmp_path), "", block_size=256, isolate=isolate)
-    rows = train_sft.open_rows(c, "train")
+    config = compare_peers.Config(block_size=256)
+    c, rows, _ = workload.open_training(config, "sft", str(tmp_path), isolate=isolate)
+    assert c.rows_per_step == c.batch_size == 4  # a peer's step has as many
     model = GPT(GPTConfig(vocab_size=320, block_size=256, n_layer=2, n_head=2, n_embd=32))
     batch = train_gpt2.MicroBatch(**rows.collate([rows[0], rows[1]]))
     arguments = (model, batch.x, batch.y, batch.weights, batch.segments)

@@ -52,7 +52,8 @@ COMPARISONS = {  # nanosft first
     "generate_16": ("nanosft", "transformers"),
 }
 HIDDEN = ("loading", "flops_per_s", "palm_flops_per_s")  # only --json has them
-QUICK = {"n_layer": 1, "n_head": 1, "n_embd": 16, "block_size": 128, "steps": 2, "repeats": 1}
+QUICK = {"n_layer": 1, "n_head": 1, "n_embd": 16, "block_size": 128, "batch_size": 2, "steps": 2,
+         "repeats": 1}
 
 
 @dataclasses.dataclass

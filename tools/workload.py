@@ -109,7 +109,8 @@ def open_training(config, path: str, data: str, **flags) -> tuple:
     if path == "pretrain":
         script, forward = train_gpt2, train_gpt2.forward_text
     same = ("n_layer", "n_head", "n_embd", "block_size", "batch_size", "device", "compile")
-    c = script.Config(data, "", init="scratch", **{k: getattr(config, k) for k in same} | flags)
+    flags = {k: getattr(config, k) for k in same} | {"rows_per_step": config.batch_size} | flags
+    c = script.Config(data, "", init="scratch", **flags)
     return c, script.open_rows(c, "train"), forward
 
 
