@@ -143,9 +143,9 @@ class SFTDataset(Dataset):
         self.n_truncated = self.n_dropped = 0
         if layout != "stream":
             self._drop_overlong(overlong)
-        self.lengths = np.minimum(self.full_lengths, np.int64(block_size + 1))
-        if layout == "stream":
-            self.lengths = self.full_lengths
+        self.lengths = self.full_lengths
+        if layout != "stream" and self.n_truncated:
+            self.lengths = np.minimum(self.lengths, np.int32(block_size + 1))
         if not len(self.lengths):
             raise UserError(f"--data {data}: no example of {split} fits; raise --block_size")
         self._plan, self._planned_epoch = None, None

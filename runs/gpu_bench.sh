@@ -1,21 +1,25 @@
 #!/usr/bin/env bash
-# GPT-2 124M, T=1024, bfloat16 on one GPU, in under 10 minutes: training and generation.
-# bash runs/gpu_bench.sh             table on the screen, JSON lines in out/gpu_bench.jsonl
-# QUICK=1 bash runs/gpu_bench.sh     the same commands on a tiny model: a rehearsal on a CPU
+# GPT-2 124M, T=1024, bfloat16 on one GPU, in under 10 minutes: training, evaluation and generation,
+# then nanosft beside a compiled nanoGPT-style loop with full logits, and beside TRL with packing,
+# FlashAttention and Liger; a peer that is not installed is left out, and the table says so.
+# bash runs/gpu_bench.sh                  tables on the screen, JSON lines in out/gpu_bench.jsonl
+# DATA=openai/gsm8k:main bash runs/gpu_bench.sh      the same, with real rows beside the peers
+# QUICK=1 bash runs/gpu_bench.sh          the same commands on a tiny model: a rehearsal on a CPU
 set -euo pipefail
 cd "$(dirname "$0")/.."
 JSON=${JSON:-out/gpu_bench.jsonl}
 mkdir -p "$(dirname "$JSON")"
-# batch sizes: rows of 1024 tokens that go through the model at once; here a step is one of them
-bench=(python -m tools.bench --n_layer 12 --n_head 12 --n_embd 768 --block_size 1024 --lengths 1024
-  --steps 10 --json "$JSON" ${QUICK:+--quick})
+# --batch_size: rows of 1024 tokens that go through the model at once; without --accumulate, a step
+flags=(--n_layer 12 --n_head 12 --n_embd 768 --block_size 1024 --steps 10 --json "$JSON"
+  ${QUICK:+--quick})
 
-for batch in 16 32 64; do # compiled blocks: pretraining beside `fit`, isolated and not; peak memory
-  "${bench[@]}" --only pretrain,sft --layouts fit --compile \
-    --batch_size "$batch" --rows_per_step "$batch"
-done
-# gradient accumulation: it spreads the optimizer's share of a step over more tokens
-"${bench[@]}" --only pretrain,sft --layouts fit --compile --batch_size 32 --rows_per_step 128
-# not compiled: each layout, the trained share, generation; and where one step's time goes
-"${bench[@]}" --only sft,share,generate --batch_size 32 --rows_per_step 32
-"${bench[@]}" --only pretrain,length --batch_size 32 --rows_per_step 32 --profile
+# compiled blocks: pretraining beside `fit`, isolated; peak memory; then with gradient accumulation,
+# which spreads the optimizer's share over more tokens, and where one step's time goes
+python -m tools.bench "${flags[@]}" --only pretrain,sft --compile --batch_size 64
+python -m tools.bench "${flags[@]}" --only pretrain,sft --compile --batch_size 32 --accumulate 4 \
+  --profile
+# not compiled
+python -m tools.bench "${flags[@]}" --only sft,evaluate,generate --batch_size 32
+# all contenders in turn, twice
+python -m tools.compare_peers "${flags[@]}" --only sft --compile --batch_size 32 --repeats 2 \
+  ${DATA:+--data "$DATA"}

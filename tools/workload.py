@@ -1,0 +1,221 @@
+"""What bench.py and compare_peers.py share: random data of GSM8K's size, clocks, and FLOPs."""
+
+import json
+import math
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.benchmark import Timer
+
+import train_gpt2
+import train_sft
+from model import GPTConfig
+from nanosft.checkpoint import peak_memory_gb
+from nanosft.shards import ShardWriter, read_meta, write_meta
+
+# ln(ids per example) of GSM8K's training split, gpt2 and the chat template; the share trained
+MEAN_LENGTH, STD_LENGTH, TRAINED = math.log(145), 0.36, 0.62
+ROOT, CPU = Path(__file__).parents[1], torch.device("cpu")
+EOT = 256  # of the `bytes` encoding, whose name random shards carry: it needs no vocabulary file
+WORDS = "the a of and to in is she has how many each 3 12 week sold apples dollars gives twice + ="
+
+
+# Dense bf16 FLOP/s from NVIDIA's data sheets; the first name contained in the card's name counts
+DATASHEET = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "GH200": 989e12, "B200": 2250e12,
+             "A100": 312e12, "L40S": 362e12, "L4": 121e12, "RTX 4090": 165e12}
+
+
+# ----- data --------------------------------------------------------------------------------------
+
+
+def random_lengths(n: int) -> np.ndarray:
+    return np.random.default_rng(0).lognormal(MEAN_LENGTH, STD_LENGTH, n).astype(np.int32).clip(8)
+
+
+def last_part(lengths: np.ndarray, share: float) -> np.ndarray:
+    """Of examples laid end to end, (their tokens,) bool: is it in the last `share` of its example?
+
+    >>> last_part(np.array([4, 2]), 0.5).astype(int)
+    array([0, 0, 1, 1, 0, 1])
+    """
+    ends = np.cumsum(lengths)
+    to_go = np.repeat(ends, lengths) - np.arange(ends[-1])  # n, …, 2, 1 in an example of n ids
+    return to_go <= np.repeat((share * lengths).round(), lengths)
+
+
+def random_shards(folder: str, kind: str, n_examples: int, share: float, vocab_size: int) -> None:
+    """A folder as fineweb.py (kind "text") or sft_data.py ("sft") would make it, of random ids.
+
+    The last `share` of each example is trained.
+    """
+    lengths = random_lengths(n_examples)
+    ends = np.cumsum(lengths)
+    ids = np.random.default_rng(1).integers(EOT + 1, vocab_size, ends[-1])
+    ids[ends - 1] = EOT
+    trained = last_part(lengths, share)
+    writer = ShardWriter(Path(folder), "train", 1 << 40)
+    writer.add((ids if kind == "text" else np.stack([ids, 100 * trained])).astype(np.uint16))
+    split = writer.finish(examples=n_examples, trained_tokens=int(trained.sum()))
+    meta = {"kind": kind, "encoding": "bytes", "vocab_size": 261, "template": "chat"}
+    write_meta(Path(folder), meta | {"source": ["tools/workload.py"], "splits": {"train": split}})
+
+
+def random_jsonl(path: Path, n_rows: int) -> list[str]:
+    """Write rows {question, answer} of GSM8K's size; returns their texts."""
+    rng, sizes = np.random.default_rng(1), np.outer(random_lengths(n_rows), [1 - TRAINED, TRAINED])
+    texts = [" ".join(rng.choice(WORDS.split(), int(n) + 1)) for n in sizes.flat]
+    rows = zip(texts[::2], texts[1::2])
+    path.write_text("".join(json.dumps({"question": q, "answer": a}) + "\n" for q, a in rows))
+    return texts
+
+
+# ----- a training step ---------------------------------------------------------------------------
+
+
+def flops(model: GPTConfig, tokens: int, head_tokens: int, pairs: int) -> int:
+    """FLOPs of a training step, forward and backward: 6 per weight and token, 12 per pair and C.
+
+    head_tokens use the vocabulary's matrix; of each of the pairs of tokens one sees the other.
+    Source: PaLM, appendix B, where head_tokens = tokens and pairs = tokens * T. A block has
+    (3 + 1 + 4 + 4) * C * C weights; biases, norms, softmax and optimizer are left out there, too.
+    """
+    L, C, V = model.n_layer, model.n_embd, model.vocab_size
+    return 6 * 12 * L * C * C * tokens + 6 * V * C * head_tokens + 12 * L * C * pairs
+
+
+def seen_pairs(segments: Tensor) -> int:
+    """(T,) numbers of the examples in a row, padding -1 -> n * (n + 1) / 2 for each of n tokens.
+
+    >>> seen_pairs(torch.tensor([0, 0, 0, 1, 1, -1]))
+    9
+    """
+    _, n = segments[segments >= 0].unique_consecutive(return_counts=True)
+    return int((n * (n + 1) // 2).sum())
+
+
+def open_training(config, path: str, data: str, **flags) -> tuple:
+    """(config, rows, forward) of train_gpt2.py (path "pretrain") or train_sft.py (all others)."""
+    script, forward = train_sft, train_sft.forward_sft
+    if path == "pretrain":
+        script, forward = train_gpt2, train_gpt2.forward_text
+    same = ("n_layer", "n_head", "n_embd", "block_size", "batch_size", "device", "compile")
+    flags = {k: getattr(config, k) for k in same} | {"rows_per_step": config.batch_size} | flags
+    c = script.Config(data, "", init="scratch", **flags)
+    return c, script.open_rows(c, "train"), forward
+
+
+def warmup(config) -> int:
+    """Untimed steps."""
+    return 3 if config.compile else 1
+
+
+def measure_steps(config, path: str, c, rows, forward: Callable, profile: bool = False) -> dict:
+    """Optimizer steps as `train_gpt2.train` runs them, or evaluations of as many rows.
+
+    c, rows, forward: what `open_training` returns.
+    """
+    ranks = train_gpt2.setup_distributed(c.device)
+    gpt, optimizer, _ = train_gpt2.new_or_resumed(c, ranks, rows.meta, {})
+    model, loader = train_gpt2.wrap(gpt, c, ranks), train_gpt2.load_steps(rows, c, ranks, 0)
+
+    def step() -> dict:
+        clock = time.perf_counter()
+        batches = next(loader)
+        loading = {"loading": time.perf_counter() - clock}
+        if path != "evaluate":
+            row = train_gpt2.train_step(model, optimizer, batches, 1e-4, 1.0, ranks, forward)
+            return row | loading
+        _, tokens, trained, _ = train_gpt2.count_step(batches, ranks).tolist()
+        train_gpt2.evaluate(gpt, batches, ranks)
+        return {"tokens": tokens, "trained_tokens": trained} | loading
+
+    done = timed(step, warmup(config), config.steps)
+    tokens, trained, loading, seconds = (sum(row[key] for row in done) for key in (
+        "tokens", "trained_tokens", "loading", "seconds"))
+    one_text, first = torch.zeros(c.block_size, dtype=torch.long), warmup(config) * c.rows_per_step
+    used = range(len(rows))[first : first + config.steps * c.rows_per_step]
+    pairs = sum(seen_pairs(rows[i].get("segments", one_text)) for i in used)
+    part = 1 / 3 if path == "evaluate" else 1  # the forward pass
+    needed = part * flops(gpt.config, tokens, trained, pairs)
+    by_palm = part * flops(gpt.config, tokens, tokens, tokens * c.block_size)
+    found = summary(done, ranks.device) | {
+        "loading": loading / seconds, "flops_per_s": needed / seconds,
+        "palm_flops_per_s": by_palm / seconds}
+    if profile:
+        with torch.profiler.profile() as profiled:
+            step()
+        table = profiled.key_averages().table
+        key = f"self_{ranks.device.type}_time_total"
+        found["profile"] = "\n" + table(sort_by=key, row_limit=20, max_name_column_width=60)
+    return found
+
+
+def prepare(source: str, out: str) -> tuple[float, int]:
+    """The command sft_data.py: its seconds, and the tokens it made."""
+    words = ["--source", source, "--out", out, "--encoding", "gpt2", "--val_fraction", "0"]
+    clock = time.perf_counter()
+    subprocess.run([sys.executable, ROOT / "sft_data.py", *words], check=True, capture_output=True)
+    return time.perf_counter() - clock, read_meta(out, "sft")["splits"]["train"]["tokens"]
+
+
+def measure_machine(config, path: str) -> dict:
+    """The rates of large products: matrix by matrix (FLOP/s), matrix by vector (bytes/s)."""
+    ranks = train_gpt2.setup_distributed(config.device)
+    cuda = ranks.device.type == "cuda"
+    n = 256 if config.quick else 8192 if cuda else 2048
+    a = torch.randn(n, n, device=ranks.device)
+    with ranks.autocast():
+        a = a @ a / n  # in the dtype of training
+    m, v = torch.randn(4 * n, n, device=ranks.device), torch.randn(n, device=ranks.device)
+
+    def seconds(**factors) -> float:
+        timer = Timer("x @ y", globals=factors, num_threads=torch.get_num_threads())
+        return min(timer.blocked_autorange(min_run_time=0.1 if config.quick else 2).times)
+
+    name = torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU"
+    rate = 2 * n**3 / seconds(x=a, y=a)
+    sheet = next((rate for card, rate in DATASHEET.items() if cuda and card in name), rate)
+    return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__,
+            "dtype": str(a.dtype), "flops_per_s": rate, "palm_flops_per_s": sheet,
+            "bytes_per_s": m.nbytes / seconds(x=m, y=v)}
+
+
+# ----- clocks and processes ----------------------------------------------------------------------
+
+
+def timed(step: Callable[[], dict], warmup: int, steps: int) -> list[dict]:
+    """What `step` returns, each with its `seconds`; without the warm-up."""
+    rows = []
+    for _ in range(warmup + steps):
+        clock = time.perf_counter()
+        row = step()
+        rows.append(row | {"seconds": time.perf_counter() - clock})
+    return rows[warmup:]
+
+
+def summary(steps: list[dict], device: torch.device = CPU) -> dict:
+    """Medians of the steps' tokens/s and seconds; this process's peak memory."""
+    rates = {f"{key}_per_s": statistics.median(step[key] / step["seconds"] for step in steps)
+             for key in ("tokens", "trained_tokens") if key in steps[0]}
+    seconds = statistics.median(step["seconds"] for step in steps)
+    return rates | {"seconds": seconds, "peak_memory_gb": peak_memory_gb(device)}
+
+
+def in_its_own_process(function: Callable, *args) -> dict:
+    """function(*args) in a new process, so that peaks of memory do not mix; {"error": …} if it
+    fails there."""
+    try:
+        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+            return pool.submit(function, *args).result()
+    except Exception as error:  # also out of memory, or killed
+        return {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
