@@ -67,11 +67,10 @@ def new_checkpoint(out: str, step: int, keep: int = 0, size: int = 0) -> Iterato
 
 def best_checkpoint(out: str) -> tuple[float, Path | None]:
     """The lowest val_loss at the step of a checkpoint, and that checkpoint; None: no evaluation."""
-    log, folders = Path(out) / "metrics.jsonl", {int(f.name[5:]): f for f in checkpoints(out)}
-    lines = log.open(encoding="utf-8") if log.exists() else []
-    rows = [json.loads(line) for line in lines if '"val_loss"' in line and line.endswith("\n")]
-    found = [(row["val_loss"], folders[row["step"]]) for row in rows
-             if row["step"] in folders and row["val_loss"] < math.inf]
+    folders = {int(folder.name[5:]): folder for folder in checkpoints(out)}
+    found = [(row["val_loss"], folders[row["step"]])
+             for _, row in read_log(Path(out) / "metrics.jsonl")
+             if row["step"] in folders and row.get("val_loss", math.inf) < math.inf]
     return min(found, default=(math.inf, None))
 
 
@@ -352,12 +351,23 @@ def lock(out: str, kind: int):
     return file
 
 
+def read_log(path: Path) -> Iterator[tuple[bytes, dict]]:
+    """(line, row) of a .jsonl file, without the half line at its end that a kill may leave."""
+    for number, line in enumerate(path.open("rb") if path.exists() else [], start=1):
+        if line.endswith(b"\n"):
+            try:
+                row = json.loads(line)
+                row["step"] = int(row["step"])
+            except (ValueError, TypeError, KeyError, RecursionError) as error:
+                raise UserError(f"{path} line {number}: damaged ({error}); delete the line or the "
+                                "file") from error
+            yield line, row
+
+
 def open_log(path: Path, steps_done: int):
-    """Open a .jsonl file to append to, without its rows of later steps and without a cut line."""
-    lines = list(path.open(encoding="utf-8", newline="\n")) if path.exists() else []
-    kept = [s for s in lines if s.endswith("\n") and json.loads(s)["step"] <= steps_done]
+    """Open a .jsonl file to append to, without its rows of later steps and without a half line."""
     tmp = path.with_suffix(".tmp")
-    tmp.write_text("".join(kept), "utf-8")
+    tmp.write_bytes(b"".join(line for line, row in read_log(path) if row["step"] <= steps_done))
     flush(tmp)
     tmp.rename(path)
     return path.open("a", buffering=1, encoding="utf-8")  # line-buffered: written at once

@@ -109,6 +109,9 @@ def read_rows(source: str, subset: str | None = None) -> Iterator[tuple[str, dic
             yield from readers[path.suffix](require_file(path))
         elif path.exists() or source.startswith((".", "/", "~")):
             raise UserError(f"{require_file(path)}: expected a .jsonl, .json or .parquet file")
+        elif "/" not in parsed.name:  # load_dataset("json") would read the current folder
+            raise UserError(f"{parsed.name}: no such file; a dataset on the hub has an owner, as "
+                            "openai/gsm8k")
         else:
             yield from read_hub(source, parsed)
 
@@ -179,7 +182,8 @@ def read_hub(source: str, parsed: Source) -> Iterator[tuple[str, dict]]:
     """Rows of a hub dataset, or of a local folder, streamed: nothing is downloaded first."""
     import datasets
 
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # no line for each retry
+    for library in ("huggingface_hub", "datasets"):  # no line for each retry, none for its errors
+        logging.getLogger(library).setLevel(logging.CRITICAL)
     place = source.partition("*")[0]
     try:
         rows = datasets.load_dataset(parsed.name, parsed.config, split=parsed.split, streaming=True)
