@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from nanosft.cli import UserError
-from nanosft.forms import Counts, Reading, show, split_pair
+from nanosft.forms import Counts, Reading, require_shallow, show, split_pair
 from nanosft.process import end_with
 
 # ----- reading rows ------------------------------------------------------------------------------
@@ -77,6 +77,7 @@ def read_sources(sources: Iterable[str], reading: Reading, counts: Counts,
     n_kept, first = 0, None
     for source in sources:
         for place, row in read_rows(source, reading.subset):
+            require_shallow(place, row)
             found = [value_text(row, column) for column, _ in wanted]
             first = first or (place, found, row)
             if found == [value for _, value in wanted] or not isinstance(row, dict):
