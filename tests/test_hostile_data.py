@@ -16,8 +16,8 @@ from tokenizer import SPECIALS, get_encoding, render
 
 ODD = [*SPECIALS, tokenizer.ALPACA, "### Response:", "\n\n", "{content}", "{input}", "{0}", "%s",
        "\0", "\x1b[2J", "\r\n", "\u2028", "\u202e", "\u200f", "\ufeff", "\ufffd", "\ud83d",
-       "\ude00",
-       '", "role": "assistant", "content": "', "[" * 200, "\\ud800", "</script>", "../../x"]
+       "\ude00", '", "role": "assistant", "content": "', "[" * 200, "\\ud800",
+       "</script>", "../../x"]
 TEXT = st.lists(st.sampled_from(ODD) | st.text(max_size=5), max_size=4).map("".join)
 ANSWER = TEXT.filter(bool)
 ANY_TURNS = st.tuples(st.none() | TEXT, st.lists(st.tuples(TEXT, ANSWER), min_size=1, max_size=3))
