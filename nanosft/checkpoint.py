@@ -28,6 +28,7 @@ from nanosft.shards import check_empty, verify, write_sums
 from nanosft.weights import checkpoints, newest_checkpoint, pad_vocab
 
 VERSION = 2  # of training_state.pt
+CARD = Path(__file__).with_name("model_card.md")
 
 
 # ----- checkpoints -------------------------------------------------------------------------------
@@ -106,44 +107,6 @@ def read_state(folder: Path) -> dict:
     return state
 
 
-CARD = """\
----
-library_name: transformers
-pipeline_tag: text-generation
----
-# {name}, step {step} of {steps}
-
-A GPT-2 made with nanosft, in Hugging Face's format.
-
-## Data
-
-{data}
-
-## Result
-
-{results}
-
-Losses are in nats per trained token, accuracies and rates from 0 to 1.
-
-## Command
-
-    {command}
-
-All flags:
-
-{flags}
-
-## What it is not good for
-
-Anything where a wrong answer matters. It states falsehoods fluently, it had no safety training, and
-it was trained on rows of {block_size} tokens. It is meant for learning and for experiments.
-
-nanosft keeps a typed `<|end|>` as text. Other programs turn such characters into the token, which
-lets a user forge the end of a turn; in recent transformers,
-`apply_chat_template(..., sanitize_control_tokens=True)` prevents it.
-"""
-
-
 def model_card(run: dict, meta: dict, row: dict) -> str:
     """README.md of a checkpoint. meta: of the data; row: the metrics of the checkpoint's step."""
     data = [f"From {json.dumps(meta['source'])}, encoding {meta['encoding']}, template "
@@ -155,7 +118,7 @@ def model_card(run: dict, meta: dict, row: dict) -> str:
         data.append(f"{split}: {', '.join(counts)}; sha256:\n\n" + "\n".join(shards))
     results = {key: value for key, value in row.items() if key == "loss" or key.startswith("val_")}
     flags = {key: value for key, value in run.items() if key != "data_sha256"}
-    return CARD.format(
+    return CARD.read_text("utf-8").format(
         name=Path(run["out"]).name, step=row["step"], steps=run["steps"], data="\n\n".join(data),
         results=format_metrics(results), command=shlex.join(sys.argv),
         flags="\n".join(f"    {key}: {value}" for key, value in flags.items()),
