@@ -2,7 +2,6 @@
 
 import collections
 import concurrent.futures
-import functools
 import hashlib
 import itertools
 import json
@@ -11,7 +10,6 @@ import multiprocessing
 import os
 import re
 import signal
-import sys
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -299,7 +297,7 @@ def chunked(items: Iterable, size_of: Callable, limit: int) -> Iterator[list]:
 
 def ordered_map(work: Callable, chunks: Iterable, workers: int, *args) -> Iterator:
     """work(chunk, *args) for each chunk, in order, on `workers` processes; few are held at once."""
-    workers = cap_workers(workers)
+    workers = min(workers, os.cpu_count() or 1)  # more would only take memory
     if workers == 1:
         yield from (work(chunk, *args) for chunk in chunks)
         return
@@ -325,11 +323,3 @@ def start_worker(parent: int) -> None:
     """A worker leaves Ctrl-C to its parent, and ends with it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     end_with(parent)
-
-
-@functools.cache  # says it once
-def cap_workers(workers: int) -> int:
-    cores = os.cpu_count() or 1
-    if workers > cores:
-        print(f"--workers {workers}: using {cores}, one for each core", file=sys.stderr)
-    return min(workers, cores)
