@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers_processes import children_of, is_alive
 from helpers_training import (
     ALONE,
     assert_weights_close,
@@ -149,24 +150,6 @@ def test_process_ends_with_its_parent():
         assert is_alive(child)
         parent.kill()
         wait_until(lambda: not is_alive(child))
-
-
-def stat(pid) -> list[str]:
-    """State and parent of a process, with what follows them in /proc/PID/stat."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:  # it is gone
-        return ["Z", "0"]
-
-
-def is_alive(pid: int) -> bool:
-    """False for a zombie as well."""
-    return stat(pid)[0] != "Z"
-
-
-def children_of(parent: int) -> list[int]:
-    pids = [int(path.name) for path in Path("/proc").glob("[0-9]*")]
-    return [pid for pid in pids if stat(pid)[1] == str(parent)]
 
 
 def wait_until(found, seconds: int = 20) -> None:
