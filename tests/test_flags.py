@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import time
 import types
 import typing
 
@@ -83,12 +82,10 @@ def test_number_works_or_is_refused_by_name(name, flag, value, folder, command, 
     monkeypatch.setattr(compare_peers, "in_its_own_process", stop)
     module, flags = COMMANDS[name]
     flags = [tmp_path / "out" if word == "out" else word for word in flags]
-    start = time.perf_counter()
     try:
         result = command(module, *flags, f"--{flag}", value)
     except Runs:
         return
-    assert time.perf_counter() - start < 3  # a second, on a busy machine
     if result.code:
         named = flag in result.err or "lesson_" in result.err  # no lesson with that seed
         assert (result.code, named) == (2, True), result.err
