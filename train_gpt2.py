@@ -389,7 +389,8 @@ def new_or_resumed(config: Config, ranks: Ranks, meta: dict, run: dict) -> tuple
     done = state["step"] if resumed else 0
     if resumed:
         optimizer.load_state_dict(state["optimizer"])
-    for warning in checkpoint.check_start(config, run, done, model):
+    checkpoint.check_ranks(run, done)
+    for warning in checkpoint.check_disk(config, run, done, model):
         ranks.print(f"warning: {warning}")
     return model, optimizer, done
 

@@ -22,12 +22,13 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from nanosft.cli import UserError, free_bytes, minutes, require_at_least, writing
+from nanosft.cli import UserError, explain_write_errors, free_bytes, minutes, require_at_least
 from nanosft.process import gather
 from nanosft.shards import check_empty, verify, write_sums
 from nanosft.weights import checkpoints, newest_checkpoint, pad_vocab
 
 VERSION = 2  # of training_state.pt
+CARD = Path(__file__).with_name("model_card.md")
 
 
 # ----- checkpoints -------------------------------------------------------------------------------
@@ -44,9 +45,9 @@ def new_checkpoint(out: str, step: int, keep: int = 0, size: int = 0) -> Iterato
     for left_behind in Path(out).glob("tmp_step_*"):  # by a run that was killed while saving
         shutil.rmtree(left_behind)
     tmp = folder.with_name(f"tmp_{folder.name}")
-    last = newest_checkpoint(out)
-    with writing(folder, f"a checkpoint needs {size / 1e6:,.1f} MB, the last one is {last}; free "
-                         "some space and continue with --resume"):
+    advice = (f"a checkpoint needs {size / 1e6:,.1f} MB, the last one is {newest_checkpoint(out)}; "
+              "free some space and continue with --resume")
+    with explain_write_errors(folder, advice):
         try:
             tmp.mkdir(parents=True)
             yield tmp
@@ -67,11 +68,10 @@ def new_checkpoint(out: str, step: int, keep: int = 0, size: int = 0) -> Iterato
 
 def best_checkpoint(out: str) -> tuple[float, Path | None]:
     """The lowest val_loss at the step of a checkpoint, and that checkpoint; None: no evaluation."""
-    log, folders = Path(out) / "metrics.jsonl", {int(f.name[5:]): f for f in checkpoints(out)}
-    lines = log.open(encoding="utf-8") if log.exists() else []
-    rows = [json.loads(line) for line in lines if '"val_loss"' in line and line.endswith("\n")]
-    found = [(row["val_loss"], folders[row["step"]]) for row in rows
-             if row["step"] in folders and row["val_loss"] < math.inf]
+    folders = {int(folder.name[5:]): folder for folder in checkpoints(out)}
+    found = [(row["val_loss"], folders[row["step"]])
+             for _, row in read_log(Path(out) / "metrics.jsonl")
+             if row["step"] in folders and row.get("val_loss", math.inf) < math.inf]
     return min(found, default=(math.inf, None))
 
 
@@ -107,44 +107,6 @@ def read_state(folder: Path) -> dict:
     return state
 
 
-CARD = """\
----
-library_name: transformers
-pipeline_tag: text-generation
----
-# {name}, step {step} of {steps}
-
-A GPT-2 made with nanosft, in Hugging Face's format.
-
-## Data
-
-{data}
-
-## Result
-
-{results}
-
-Losses are in nats per trained token, accuracies and rates from 0 to 1.
-
-## Command
-
-    {command}
-
-All flags:
-
-{flags}
-
-## What it is not good for
-
-Anything where a wrong answer matters. It states falsehoods fluently, it had no safety training, and
-it was trained on rows of {block_size} tokens. It is meant for learning and for experiments.
-
-nanosft keeps a typed `<|end|>` as text. Other programs turn such characters into the token, which
-lets a user forge the end of a turn; in recent transformers,
-`apply_chat_template(..., sanitize_control_tokens=True)` prevents it.
-"""
-
-
 def model_card(run: dict, meta: dict, row: dict) -> str:
     """README.md of a checkpoint. meta: of the data; row: the metrics of the checkpoint's step."""
     data = [f"From {json.dumps(meta['source'])}, encoding {meta['encoding']}, template "
@@ -156,7 +118,7 @@ def model_card(run: dict, meta: dict, row: dict) -> str:
         data.append(f"{split}: {', '.join(counts)}; sha256:\n\n" + "\n".join(shards))
     results = {key: value for key, value in row.items() if key == "loss" or key.startswith("val_")}
     flags = {key: value for key, value in run.items() if key != "data_sha256"}
-    return CARD.format(
+    return CARD.read_text("utf-8").format(
         name=Path(run["out"]).name, step=row["step"], steps=run["steps"], data="\n\n".join(data),
         results=format_metrics(results), command=shlex.join(sys.argv),
         flags="\n".join(f"    {key}: {value}" for key, value in flags.items()),
@@ -242,23 +204,23 @@ def check_fit(model_config, config, meta: dict) -> None:
                         f"{model_config.block_size}; lower it")
 
 
-def check_start(config, run: dict, done: int, model: torch.nn.Module) -> list[str]:
-    """UserError if the ranks differ or --out has no space for a checkpoint -> warnings.
-
-    Only the first rank's disk counts: it writes --out. --data and --out may be other paths.
-    """
+def check_ranks(run: dict, done: int) -> None:
+    """UserError if the ranks are about to train different runs; only their paths may differ."""
     data = hashlib.sha256("".join(run.get("data_sha256", [])).encode()).hexdigest()[:12]
-    mine = {key: str(value) for key, value in run.items() if key not in ("data", "out")}
-    mine = {"step": done} | mine | {"data_sha256": data}
-    everyone = gather((socket.gethostname(), mine, free_bytes(Path(config.out))))
-    host, first, free = everyone[0]
-    for rank, (other_host, theirs, _) in enumerate(everyone):
-        for key in (key for key in first if theirs.get(key) != first[key]):
-            raise UserError(f"rank {rank} on {other_host} has {key} {theirs.get(key)}, but rank 0 "
-                            f"on {host} has {first[key]}; use the same flags and data everywhere, "
-                            "and for --resume an --out on a file system that all machines share")
+    everyone = gather((socket.gethostname(), {"step": done} | run | {"data_sha256": data}))
+    host, first = everyone[0]
+    for rank, (other_host, theirs) in enumerate(everyone):
+        for key, value in first.items():
+            if key not in ("data", "out") and theirs.get(key) != value:
+                raise UserError(f"rank {rank} on {other_host} has {key} {theirs.get(key)}, but "
+                                f"rank 0 on {host} has {value}; use the same flags and data "
+                                "everywhere, and for --resume an --out that all machines share")
 
-    size, steps = bytes_of(model), run.get("steps", done) - done  # tools.bench is no run
+
+def check_disk(config, run: dict, done: int, model: torch.nn.Module) -> list[str]:
+    """Warnings. UserError if the first rank's disk, which holds --out, cannot take a checkpoint."""
+    free, size = gather(free_bytes(Path(config.out)))[0], bytes_of(model)
+    steps = run.get("steps", done) - done  # tools.bench is no run
     saves = math.ceil(steps / (config.save_every or steps or 1))
     copies = min(saves, config.keep + 1) if config.keep else saves
     least = size * min(copies, 1 if done else 2)  # a checkpoint and its temporary copy
@@ -299,10 +261,15 @@ class Metrics:
             self.wandb = wandb.init(project=self.project, name=name, dir=self.out, config=self.run)
 
     def write(self, row: dict) -> None:
-        with writing(Path(self.out), "free some space and use --resume"):
+        with explain_write_errors(Path(self.out), "free some space and use --resume"):
             if self.file is None:
                 self.open()
-            self.write_answers(row["step"], row.get("val_answers", []))
+            answers = row.get("val_answers", [])
+            if answers and self.answers is None:
+                self.answers = open_log(Path(self.out) / "answers.jsonl", self.steps_done)
+            for answer in answers:
+                answer = {"step": row["step"], **answer}
+                self.answers.write(json.dumps(answer, ensure_ascii=False) + "\n")
             row = {key: value for key, value in row.items() if key != "val_answers"}
             self.file.write(json.dumps(row) + "\n")
         if self.wandb:
@@ -314,12 +281,6 @@ class Metrics:
             results = {key: value for key, value in row.items() if key.startswith("val_")}
             tqdm.write((line + format_metrics(results)).rstrip())
             sys.stdout.flush()
-
-    def write_answers(self, step: int, answers: list[dict]) -> None:
-        if answers and self.answers is None:
-            self.answers = open_log(Path(self.out) / "answers.jsonl", self.steps_done)
-        for answer in answers:
-            self.answers.write(json.dumps({"step": step, **answer}, ensure_ascii=False) + "\n")
 
     def close(self) -> None:
         self.file.close()
@@ -352,12 +313,23 @@ def lock(out: str, kind: int):
     return file
 
 
+def read_log(path: Path) -> Iterator[tuple[bytes, dict]]:
+    """(line, row) of a .jsonl file, without the half line at its end that a kill may leave."""
+    for number, line in enumerate(path.open("rb") if path.exists() else [], start=1):
+        if line.endswith(b"\n"):
+            try:
+                row = json.loads(line)
+                row["step"] = int(row["step"])
+            except (ValueError, TypeError, KeyError, RecursionError) as error:
+                raise UserError(f"{path} line {number}: damaged ({error}); delete the line or the "
+                                "file") from error
+            yield line, row
+
+
 def open_log(path: Path, steps_done: int):
-    """Open a .jsonl file to append to, without its rows of later steps and without a cut line."""
-    lines = list(path.open(encoding="utf-8", newline="\n")) if path.exists() else []
-    kept = [s for s in lines if s.endswith("\n") and json.loads(s)["step"] <= steps_done]
+    """Open a .jsonl file to append to, without its rows of later steps and without a half line."""
     tmp = path.with_suffix(".tmp")
-    tmp.write_text("".join(kept), "utf-8")
+    tmp.write_bytes(b"".join(line for line, row in read_log(path) if row["step"] <= steps_done))
     flush(tmp)
     tmp.rename(path)
     return path.open("a", buffering=1, encoding="utf-8")  # line-buffered: written at once

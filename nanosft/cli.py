@@ -89,8 +89,8 @@ def minutes(name: str, value: float) -> datetime.timedelta:
 
 
 @contextlib.contextmanager
-def writing(path: Path, advice: str = "free some space and run the command again",
-            ) -> Iterator[None]:
+def explain_write_errors(path: Path, advice: str = "free some space and run the command again",
+                         ) -> Iterator[None]:
     """A failed write to `path`, such as on a full disk, becomes a UserError with its name.
 
     Of these errors NumPy's has no errno, torch's is a RuntimeError, safetensors' its own class.

@@ -2,10 +2,9 @@
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor
 
 from nanosft.cli import UserError
 from nanosft.weights import is_finite
@@ -14,19 +13,14 @@ from tokenizer import get_encoding
 ADVICE = "lower --learning_rate, lengthen --warmup_steps or set --grad_clip 1"
 
 
-def require_finite(where: str, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """UserError with the name of a tensor that holds an infinite number or NaN."""
-    for name, tensor in tensors:
-        if not is_finite(tensor):
-            raise UserError(f"{where}: {name} holds a number that is not finite")
-
-
 def require_finite_state(where: str, model, optimizer: torch.optim.Optimizer) -> None:
-    """The same for all that a checkpoint holds."""
+    """UserError with the name of a weight or an optimizer state that is infinite or NaN."""
     names = {p: name for name, p in model.named_parameters()}
     state = ((f"{key} of {names[p]}", value) for p, values in optimizer.state.items()
              for key, value in values.items())
-    require_finite(where, itertools.chain(model.named_parameters(), state))
+    for name, tensor in itertools.chain(model.named_parameters(), state):
+        if not is_finite(tensor):
+            raise UserError(f"{where}: {name} holds a number that is not finite")
 
 
 @torch.no_grad()
@@ -57,7 +51,7 @@ def bad_step(metrics: dict, batches: list, rows, config, model, forward: Callabl
     for m, batch in enumerate(batches):
         if math.isfinite(loss_of(batch, model, forward, ranks)):
             continue
-        for b, start, alone in one_by_one(batch):
+        for b, start, alone in examples_of(batch):
             at = first + (m * ranks.world_size + ranks.rank) * config.batch_size + b
             if (len(found) < 3 and at < len(rows)
                     and not math.isfinite(loss_of(alone, model, forward, ranks))):
@@ -70,7 +64,7 @@ def bad_step(metrics: dict, batches: list, rows, config, model, forward: Callabl
                      f"not finite: {named}")
 
 
-def one_by_one(batch) -> Iterator[tuple]:
+def examples_of(batch) -> Iterator[tuple]:
     """For each example of a MicroBatch: (its row, its first column, a MicroBatch of it alone)."""
     for b, x in enumerate(batch.x):
         segments = torch.zeros_like(x) if batch.segments is None else batch.segments[b]

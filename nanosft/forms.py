@@ -55,6 +55,17 @@ def show(value) -> str:
     return text if len(text) <= 80 else text[:79] + "…"
 
 
+def require_shallow(name: str, value, limit: int = 100) -> None:
+    """UserError for lists and objects nested so deep that they would exhaust Python's stack."""
+    values = [value]
+    for _ in range(limit):
+        values = [inner for outer in values if isinstance(outer, (dict, list, tuple))
+                  for inner in (outer.values() if isinstance(outer, dict) else outer)]
+        if not values:
+            return
+    raise UserError(f"{name}: lists and objects are nested more than {limit} deep")
+
+
 # ----- a row of a dataset as messages ------------------------------------------------------------
 
 
@@ -210,6 +221,7 @@ def read_turns(column: str, turns, left: dict) -> list[dict]:
             turns = json.loads(turns)
         except (ValueError, RecursionError) as error:
             raise UserError(f"`{column}` is a string, but not JSON: {show(turns)}") from error
+        require_shallow(f"`{column}`", turns)
     kinds = {type(turn) for turn in turns} if isinstance(turns, list) else {None}
     if len(kinds) > 1 or not kinds <= {dict, str}:
         raise UserError(f"`{column}` must be a list of {{role, content}}, of {{from, value}} or of "

@@ -1,6 +1,7 @@
 """Checks before anything is allocated: the memory that the sizes need against what there is."""
 
 import os
+from pathlib import Path
 
 import torch
 
@@ -8,13 +9,17 @@ from nanosft.cli import UserError
 from nanosft.fast import CHUNK_BYTES
 
 CPU = torch.device("cpu")
+# a container's limit under cgroup v2 and v1; v2 writes `max` if there is none
+LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
 def total_memory(device: torch.device) -> float:
-    """Bytes of the GPU, or this rank's share of the machine's memory."""
+    """Bytes of the GPU, or this rank's share of the machine's or container's memory."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limits = [Path(path).read_text().strip() for path in LIMITS if Path(path).is_file()]
+    total = min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+                 *(int(limit) for limit in limits if limit.isdecimal())])
     return total / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 

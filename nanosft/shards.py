@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nanosft.cli import UserError, writing
+from nanosft.cli import UserError, explain_write_errors
 
 FORMAT_VERSION = 1
 SUMS = "SHA256SUMS"  # of the files beside it, as `sha256sum -c SHA256SUMS` reads them
@@ -84,7 +84,7 @@ class ShardWriter:
             return
         path = self.folder / f"{self.split}_{len(self.shards):06d}.npy"
         ids = np.ascontiguousarray(ids)
-        with writing(path), path.open("wb") as file:
+        with explain_write_errors(path), path.open("wb") as file:
             np.lib.format.write_array_header_1_0(
                 file, np.lib.format.header_data_from_array_1_0(ids))
             file.write(ids)  # np.save() does not notice when its last bytes find the disk full
@@ -101,7 +101,7 @@ class ShardWriter:
 def write_meta(folder: Path, meta: dict) -> None:
     """Write meta.json, last and atomically: it marks the folder as complete."""
     tmp = folder / "meta.json.tmp"
-    with writing(folder / "meta.json"):
+    with explain_write_errors(folder / "meta.json"):
         tmp.write_text(json.dumps({"version": FORMAT_VERSION, **meta}, indent=1) + "\n")
         # meta.json has the sums of the shards
         (folder / SUMS).write_text(f"{sha256_of(tmp)}  meta.json\n")
@@ -141,7 +141,7 @@ def new_folder(out: str) -> Iterator[Path]:
 
 def is_running(pid: int) -> bool:
     try:
-        os.kill(pid, 0)
+        os.kill(pid, 0)  # signal 0 only asks
     except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:  # another user's
@@ -175,11 +175,9 @@ def read_meta(data: str, kind: str) -> dict:
 
 def check_meta(path: Path, meta: dict) -> None:
     """UserError unless the keys that readers use hold what they may hold."""
-    wrong = [key for key, choices in META.items() if meta.get(key) not in choices]
-    if not wrong and meta.get("vocab_size") != N_VOCAB.get(meta.get("encoding")):
-        wrong = ["vocab_size"]
-    if not are_splits(meta.get("splits")):
-        wrong.append("splits")
+    choices = META | {"vocab_size": (N_VOCAB.get(str(meta.get("encoding"))),)}
+    wrong = [key for key in choices if meta.get(key) not in choices[key]]
+    wrong += [] if are_splits(meta.get("splits")) else ["splits"]
     if wrong:
         raise UserError(f"{path}: damaged ({wrong[0]} is {str(meta.get(wrong[0]))[:60]!r}); make "
                         "the data again")

@@ -2,7 +2,6 @@
 
 import collections
 import concurrent.futures
-import functools
 import hashlib
 import itertools
 import json
@@ -11,7 +10,6 @@ import multiprocessing
 import os
 import re
 import signal
-import sys
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -20,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from nanosft.cli import UserError
-from nanosft.forms import Counts, Reading, show, split_pair
+from nanosft.forms import Counts, Reading, require_shallow, show, split_pair
 from nanosft.process import end_with
 
 # ----- reading rows ------------------------------------------------------------------------------
@@ -77,6 +75,7 @@ def read_sources(sources: Iterable[str], reading: Reading, counts: Counts,
     n_kept, first = 0, None
     for source in sources:
         for place, row in read_rows(source, reading.subset):
+            require_shallow(place, row)
             found = [value_text(row, column) for column, _ in wanted]
             first = first or (place, found, row)
             if found == [value for _, value in wanted] or not isinstance(row, dict):
@@ -109,6 +108,9 @@ def read_rows(source: str, subset: str | None = None) -> Iterator[tuple[str, dic
             yield from readers[path.suffix](require_file(path))
         elif path.exists() or source.startswith((".", "/", "~")):
             raise UserError(f"{require_file(path)}: expected a .jsonl, .json or .parquet file")
+        elif "/" not in parsed.name:  # load_dataset("json") would read the current folder
+            raise UserError(f"{parsed.name}: no such file; a dataset on the hub has an owner, as "
+                            "openai/gsm8k")
         else:
             yield from read_hub(source, parsed)
 
@@ -179,7 +181,8 @@ def read_hub(source: str, parsed: Source) -> Iterator[tuple[str, dict]]:
     """Rows of a hub dataset, or of a local folder, streamed: nothing is downloaded first."""
     import datasets
 
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # no line for each retry
+    for library in ("huggingface_hub", "datasets"):  # no line for each retry, none for its errors
+        logging.getLogger(library).setLevel(logging.CRITICAL)
     place = source.partition("*")[0]
     try:
         rows = datasets.load_dataset(parsed.name, parsed.config, split=parsed.split, streaming=True)
@@ -294,7 +297,7 @@ def chunked(items: Iterable, size_of: Callable, limit: int) -> Iterator[list]:
 
 def ordered_map(work: Callable, chunks: Iterable, workers: int, *args) -> Iterator:
     """work(chunk, *args) for each chunk, in order, on `workers` processes; few are held at once."""
-    workers = cap_workers(workers)
+    workers = min(workers, os.cpu_count() or 1)  # more would only take memory
     if workers == 1:
         yield from (work(chunk, *args) for chunk in chunks)
         return
@@ -320,11 +323,3 @@ def start_worker(parent: int) -> None:
     """A worker leaves Ctrl-C to its parent, and ends with it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     end_with(parent)
-
-
-@functools.cache  # says it once
-def cap_workers(workers: int) -> int:
-    cores = os.cpu_count() or 1
-    if workers > cores:
-        print(f"--workers {workers}: using {cores}, one for each core", file=sys.stderr)
-    return min(workers, cores)

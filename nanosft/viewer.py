@@ -247,16 +247,11 @@ def page_layouts(n: int, open_rows: Callable, layout: str, assistant: Assistant 
 
 def write_page(path: str, n: int, open_rows: Callable, layout: str,
                assistant: Assistant | None) -> None:
-    """mask.html with its data, written atomically; without `<` in the JSON, text stays text."""
-    path = Path(path)
-    if path.is_dir():
-        raise UserError(f"--html {path} is a folder; name a file in it")
-    if not path.parent.is_dir():
-        raise UserError(f"--html {path}: the folder {path.parent} does not exist; create it first")
+    """mask.html with the first n rows of `layout`."""
     dataset = open_rows(layout)
     if assistant:
         check_fit(dataset, assistant)
-    data = {
+    save_page("--html", path, PAGE, {
         "title": f"{dataset.data}, {dataset.split}",
         "encoding": dataset.meta["encoding"],
         "template": dataset.meta["template"],
@@ -265,16 +260,25 @@ def write_page(path: str, n: int, open_rows: Callable, layout: str,
         "loss_on": dataset.loss_on,
         "layouts": page_layouts(n, open_rows, layout, assistant),
         "layout": layout,
-    }
-    as_json = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")
+    })
+    print(f"{path}: {min(n, len(dataset))} of {len(dataset):,} rows; open it in a browser")
+
+
+def save_page(flag: str, path: str, template: Path, data: dict, weights: str = "") -> int:
+    """A template with its data, written atomically -> its size. No `<` in it: text stays text."""
+    path, page = Path(path), template.read_text("utf-8").replace("__WEIGHTS__", weights)
+    if path.is_dir():
+        raise UserError(f"{flag} {path} is a folder; name a file in it")
+    if not path.parent.is_dir():
+        raise UserError(f"{flag} {path}: the folder {path.parent} does not exist; create it first")
     tmp = path.with_name(f"{path.name}.tmp{os.getpid()}")
     try:
-        tmp.write_text(PAGE.read_text(encoding="utf-8").replace("__DATA__", as_json), "utf-8")
+        tmp.write_text(page.replace("__DATA__", json.dumps(data).replace("<", "\\u003c")), "utf-8")
         tmp.replace(path)
     except OSError as error:
         tmp.unlink(missing_ok=True)
-        raise UserError(f"--html {path}: {error.strerror}") from error
-    print(f"{path}: {min(n, len(dataset))} of {len(dataset):,} rows; open it in a browser")
+        raise UserError(f"{flag} {path}: {error.strerror}") from error
+    return path.stat().st_size
 
 
 # ----- what sft_data.py prints after writing a folder --------------------------------------------

@@ -70,7 +70,7 @@ def find_model(name: str) -> Path:
 
 def checkpoints(run: str | Path) -> list[Path]:
     """RUN/step_000500, … in order; a folder gets such a name only once it is complete."""
-    steps = [path for path in Path(run).glob("step_*") if path.name[5:].isdigit()]
+    steps = [path for path in Path(run).glob("step_*") if path.name[5:].isdecimal()]
     return sorted(steps, key=lambda path: int(path.name[5:]))
 
 

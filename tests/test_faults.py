@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers_processes import children_of, is_alive
 from helpers_training import (
     ALONE,
     assert_weights_close,
@@ -149,24 +150,6 @@ def test_process_ends_with_its_parent():
         assert is_alive(child)
         parent.kill()
         wait_until(lambda: not is_alive(child))
-
-
-def stat(pid) -> list[str]:
-    """State and parent of a process, with what follows them in /proc/PID/stat."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:  # it is gone
-        return ["Z", "0"]
-
-
-def is_alive(pid: int) -> bool:
-    """False for a zombie as well."""
-    return stat(pid)[0] != "Z"
-
-
-def children_of(parent: int) -> list[int]:
-    pids = [int(path.name) for path in Path("/proc").glob("[0-9]*")]
-    return [pid for pid in pids if stat(pid)[1] == str(parent)]
 
 
 def wait_until(found, seconds: int = 20) -> None:
@@ -302,7 +285,7 @@ def test_start_is_refused_only_where_a_checkpoint_and_its_copy_do_not_fit(monkey
 
     def start(free: int, done: int = 0, **changes) -> list[str]:
         monkeypatch.setattr(checkpoint, "free_bytes", lambda path: free)
-        return checkpoint.check_start(dataclasses.replace(config, **changes), run, done, model)
+        return checkpoint.check_disk(dataclasses.replace(config, **changes), run, done, model)
 
     assert start(5 * 12_000) == []
     (warning,) = start(5 * 12_000 - 1)
@@ -332,22 +315,20 @@ def test_metrics_are_on_disk_before_the_checkpoint_that_follows_them(data, tmp_p
 @pytest.mark.parametrize("key, mine, other", [
     ("step", 10, 5), ("seed", 0, 1), ("data_sha256", ["a"], ["b"])])
 def test_rank_that_differs_is_named_with_its_host_and_both_values(key, mine, other, monkeypatch):
-    model = torch.nn.Linear(1, 1)
-    config = train_gpt2.Config("data", "out")
-    run = dataclasses.asdict(config) | {"steps": 20, "data_sha256": ["a"]}
+    run = dataclasses.asdict(train_gpt2.Config("data", "out")) | {"steps": 20, "data_sha256": ["a"]}
 
     def two_hosts(report):
         changed = run | ({} if key == "step" else {key: other})
         monkeypatch.setattr(checkpoint, "gather", lambda theirs: [report, ("b", *theirs[1:])])
         done = other if key == "step" else 10
-        return checkpoint.check_start(config, changed | {"data": "/mnt/data"}, done, model)
+        return checkpoint.check_ranks(changed | {"data": "/mnt/data"}, done)
 
     def first_host(report):
         return two_hosts(("a", *report[1:]))
 
     monkeypatch.setattr(checkpoint, "gather", first_host)
     with pytest.raises(UserError, match=f"^rank 1 on b has {key} .*, but rank 0 on a has .*; use"):
-        checkpoint.check_start(config, run, 10, model)
+        checkpoint.check_ranks(run, 10)
 
 
 @pytest.mark.parametrize("value", [0, -1, float("nan"), float("inf"), 10**12])
@@ -387,11 +368,15 @@ def test_dead_worker_is_one_line():
         list(sources.ordered_map(die, [[1], [2]], 2))
 
 
-def test_workers_are_capped_at_the_cores(monkeypatch, capsys):
-    monkeypatch.setattr(os, "cpu_count", lambda: 2)
-    sources.cap_workers.cache_clear()
-    assert [sources.cap_workers(n) for n in (1, 2, 100_000, 100_000)] == [1, 2, 2, 2]
-    assert capsys.readouterr().err == "--workers 100000: using 2, one for each core\n"
+def process_of(chunk) -> int:
+    return os.getpid()
+
+
+def test_workers_are_capped_at_the_cores(monkeypatch):
+    for cores in (1, 2):
+        monkeypatch.setattr(os, "cpu_count", lambda: cores)  # noqa: B023
+        found = set(sources.ordered_map(process_of, range(50), 100_000))
+        assert len(found) <= cores and (os.getpid() in found) == (cores == 1)
 
 
 @needs_proc

@@ -2,9 +2,11 @@
 
     bash runs/torture.sh [PART ...]    # all parts take about 10 minutes; the end is a table
 
-Each part is a function that returns what it counted, and asserts that nothing was lost.
+Each part is a function that returns what it counted, and asserts that nothing was lost. A part that
+fails does not stop the others.
 """
 
+import concurrent.futures
 import json
 import os
 import random
@@ -14,16 +16,19 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
+from helpers_processes import children_of, is_alive
 from helpers_training import metrics, random_examples, sft_folder, text_folder, weights_of
 
 from nanosft.weights import checkpoints
 
 ROOT = Path(__file__).parents[1]
 STEPS = 600
+KILLS = 50  # of each of two runs
 FLAGS = {"max_steps": STEPS, "save_every": 50, "eval_every": 0, "batch_size": 1}
 COMMAND_LINE = ["--device", "cpu", "--init", "scratch", "--n_layer", 1, "--n_head", 2, "--n_embd",
                 16, "--block_size", 16, "--rows_per_step", 4, "--warmup_steps", 2,
@@ -31,32 +36,57 @@ COMMAND_LINE = ["--device", "cpu", "--init", "scratch", "--n_layer", 1, "--n_hea
 
 
 class Yard:
-    """A temporary folder with data, and whole runs to compare with."""
+    """A temporary folder with data, whole runs to compare with, and the processes of a part."""
 
     def __init__(self, folder: Path):
-        self.folder = folder
+        self.folder, self.processes = folder, []
         ids = np.random.default_rng(0).integers(0, 257, 16 * 400 + 3).tolist()
-        self.text = text_folder(folder / "text", train=ids, val=ids[:50])
-        self.sft = sft_folder(folder / "sft", train=random_examples(40), val=random_examples(5))
+        self.data = {
+            "train_gpt2": text_folder(folder / "text", train=ids, val=ids[:50]),
+            "train_sft": sft_folder(folder / "sft", train=random_examples(40),
+                                    val=random_examples(5)),
+        }
 
-    def whole(self, ranks: int) -> Path:
+    def whole(self, ranks: int = 1, trainer: str = "train_gpt2") -> Path:
         """An undisturbed run on 1 or 2 ranks."""
-        out = self.folder / f"whole_{ranks}"
+        out = self.folder / f"whole_{trainer}_{ranks}"
         if not out.exists():
-            check(self.start(out, ranks).wait() == 0, f"the undisturbed run on {ranks} rank(s)")
+            self.finish(out, ranks, trainer=trainer)
         return out
 
-    def start(self, out: Path, ranks: int = 1, *more, **flags) -> subprocess.Popen:
-        """Train with --resume; on 2 ranks, under torchrun. The output goes to OUT.log."""
+    def start(self, out: Path, ranks: int = 1, *more, trainer: str = "train_gpt2", **flags,
+              ) -> subprocess.Popen:
+        """Train with --resume; on 2 ranks, under torchrun."""
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        call = [sys.executable, *(launcher if ranks > 1 else []), *more, "train_gpt2.py",
-                *COMMAND_LINE, "--data", self.text, "--out", out, "--resume"]
+        call = [sys.executable, *(launcher if ranks > 1 else []), *more, f"{trainer}.py",
+                *COMMAND_LINE, "--data", self.data[trainer], "--out", out, "--resume"]
         for key, value in (FLAGS | flags).items():
             call += [f"--{key}", value]
         # without this variable, torchrun's own restart fails often
         env = os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-        with open(f"{out}.log", "a") as log:
-            return subprocess.Popen(list(map(str, call)), cwd=ROOT, env=env, stdout=log, stderr=log)
+        with self.log(out).open("w") as log:
+            process = subprocess.Popen(list(map(str, call)), cwd=ROOT, env=env, stdout=log,
+                                       stderr=log)
+        self.processes.append(process)
+        return process
+
+    def log(self, out: Path) -> Path:
+        """What the latest process with this --out has printed."""
+        return self.folder / f"{out.name}.log"
+
+    def finish(self, out: Path, *args, **flags) -> None:
+        """Start it, and it must end well."""
+        code = self.start(out, *args, **flags).wait(timeout=600)
+        check(code == 0, f"exit code {code}: {self.log(out).read_text()[-300:]}")
+
+    def clean_up(self) -> None:
+        """Kill what a part that failed has left running."""
+        for process in self.processes:
+            if process.poll() is None:
+                for pid in (*children_of(process.pid), process.pid):
+                    os.kill(pid, signal.SIGKILL)
+                process.wait()
+        self.processes.clear()
 
 
 def check(holds: bool, what: str) -> None:
@@ -80,38 +110,43 @@ def starts(out: Path) -> int:
     return len(json.loads(path.read_text())["starts"]) if path.exists() else 0
 
 
-def wait_for(process: subprocess.Popen, found, seconds: int = 120) -> None:
+def wait_for(found: Callable[[], bool], process: subprocess.Popen | None = None,
+             seconds: int = 120, pause: float = 0.02) -> None:
     """Wait until found(), or the end of the process."""
     end = time.monotonic() + seconds
-    while process.poll() is None and not found():
-        check(time.monotonic() < end, "nothing happened for two minutes")
-        time.sleep(0.02)
-
-
-def children_of(parent: int) -> list[int]:
-    found = subprocess.run(["pgrep", "-P", str(parent)], capture_output=True, text=True)
-    return [int(pid) for pid in found.stdout.split()]
+    while not found() and (process is None or process.poll() is None):
+        check(time.monotonic() < end, f"nothing happened for {seconds} s")
+        time.sleep(pause)
 
 
 # ----- the parts ---------------------------------------------------------------------------------
 
 
 def kills(yard: Yard) -> str:
-    """SIGKILL a run on one rank at random moments, also while it saves, until it is done."""
-    out, n, now = yard.folder / "kills", 0, random.Random(0)
-    while True:
-        process = yard.start(out, save_every=20)
-        start = checkpoints(out)[-1:]
-        wait_for(process, lambda: checkpoints(out)[-1:] != start)  # noqa: B023
-        time.sleep(now.random() * 0.3)
-        if process.poll() is not None:
+    """SIGKILL a run of each trainer at random moments, many of them while it saves."""
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda trainer: kill_often(yard, trainer), yard.data))
+    return f"{' + '.join(map(str, found))} kills, equal bit for bit"
+
+
+def kill_often(yard: Yard, trainer: str) -> int:
+    out, now, n = yard.folder / f"kills_{trainer}", random.Random(trainer), 0
+    while n < KILLS:
+        process = yard.start(out, trainer=trainer, save_every=4)
+        last = checkpoints(out)[-1:]
+        if now.random() < 0.1:
+            time.sleep(now.uniform(0, 4))  # while it starts
+        else:
+            wait_for(lambda: checkpoints(out)[-1:] != last, process)  # noqa: B023
+            time.sleep(now.uniform(0, 0.05))
+        if process.poll() is not None:  # it is done, or it failed
             break
         process.kill()
         process.wait()
         n += 1
-    check(process.returncode == 0, "the last start failed")
-    check_equal(out, yard.whole(1))
-    return f"{n} kills, equal bit for bit"
+    yard.finish(out, trainer=trainer)
+    check_equal(out, yard.whole(trainer=trainer))
+    return n
 
 
 def restarts(yard: Yard) -> str:
@@ -119,9 +154,10 @@ def restarts(yard: Yard) -> str:
     out = yard.folder / "restarts"
     process = yard.start(out, 2, "--max-restarts=2")
     for n, (rank, step) in enumerate(((1, 130), (0, 330)), start=1):
-        wait_for(process, lambda: rows(out) > step and starts(out) == n)  # noqa: B023
-        os.kill(sorted(children_of(process.pid))[rank], signal.SIGKILL)
-        wait_for(process, lambda: starts(out) == n + 1)  # noqa: B023
+        wait_for(lambda: rows(out) > step and starts(out) == n, process)  # noqa: B023
+        check(process.poll() is None, "torchrun ended early")
+        os.kill(children_of(process.pid)[rank], signal.SIGKILL)
+        wait_for(lambda: starts(out) == n + 1, process)  # noqa: B023
     check(process.wait(timeout=300) == 0, "torchrun did not recover")
     check_equal(out, yard.whole(2))
     return f"{starts(out) - 1} restarts, equal bit for bit"
@@ -131,32 +167,20 @@ def stops(yard: Yard) -> str:
     """SIGTERM to torchrun: the ranks save, and the run goes on; then only torchrun is killed."""
     out = yard.folder / "stops"
     process = yard.start(out, 2, save_every=0)
-    wait_for(process, lambda: rows(out) > 100)
+    wait_for(lambda: rows(out) > 100, process)
     process.send_signal(signal.SIGTERM)
     process.wait(timeout=60)
     saved = [path.name for path in checkpoints(out)]
     check(saved == [f"step_{rows(out):06d}"], f"{rows(out)} rows, but {saved}")
     process = yard.start(out, 2, save_every=0)
-    wait_for(process, lambda: rows(out) > 300)
+    wait_for(lambda: rows(out) > 300, process)
     ranks = children_of(process.pid)
     process.kill()
     process.wait()
-    end = time.monotonic() + 40
-    while children_alive(ranks):
-        check(time.monotonic() < end, "ranks live on without torchrun")
-        time.sleep(0.1)
-    check(yard.start(out, 2, save_every=0).wait() == 0, "the last start failed")
+    wait_for(lambda: not any(map(is_alive, ranks)), seconds=40)
+    yard.finish(out, 2, save_every=0)
     check_equal(out, yard.whole(2))
     return "SIGTERM and a lost launcher, equal bit for bit"
-
-
-def children_alive(pids: list[int]) -> bool:
-    """A zombie (its parent has not read its exit code) is not alive."""
-    def state(pid):
-        path = Path(f"/proc/{pid}/stat")
-        return path.read_text().rpartition(")")[2].split()[0] if path.exists() else "Z"
-
-    return any(state(pid) != "Z" for pid in pids)
 
 
 def full_disk(yard: Yard) -> str:
@@ -167,23 +191,20 @@ def full_disk(yard: Yard) -> str:
     if subprocess.run(mount, capture_output=True).returncode:
         return "skipped: needs the right to mount a tmpfs"
     try:
-        out, log = disk / "out", yard.folder / "disk.log"
-        while True:
-            process = yard.start(out)
-            code = process.wait()
-            shutil.move(f"{out}.log", log)
-            if code == 0:
-                break
+        out = disk / "full"
+        while yard.start(out).wait(timeout=300) != 0:
             n += 1
-            lines = [line for line in log.read_text().splitlines() if line.startswith("error: ")]
-            check(code == 2 and len(lines) == 1, log.read_text())
-            check(str(out) in lines[0] and "Traceback" not in log.read_text(), log.read_text())
+            log = yard.log(out).read_text()
+            lines = [line for line in log.splitlines() if line.startswith("error: ")]
+            check(len(lines) == 1 and str(out) in lines[0] and "Traceback" not in log, log[-300:])
             check(not list(out.glob("tmp_*")), "a half-written checkpoint")
             for old in checkpoints(out)[:-1]:
                 shutil.rmtree(old)
+            check(n < STEPS, "the run does not go on")
         check(n > 0, "the disk never got full")
-        check_equal(out, yard.whole(1))
+        check_equal(out, yard.whole())
     finally:
+        yard.clean_up()
         subprocess.run(["umount", str(disk)], check=True)
     return f"{n} full disks, equal bit for bit"
 
@@ -193,31 +214,32 @@ def damage(yard: Yard) -> str:
     done = subprocess.run([sys.executable, "-m", "tests.torture_damage"], cwd=ROOT, text=True,
                           stdout=subprocess.PIPE)
     check(done.returncode == 0, done.stdout)
-    return done.stdout.strip().splitlines()[-1]
+    return done.stdout.strip().splitlines()[-1].strip("| ").replace(" | ", ": ")
 
 
 def hosts(yard: Yard) -> str:
     """Two network namespaces, and a 2-rank run continued on 4 ranks."""
-    call = [sys.executable, "-m", "pytest", "-q", "-rs", "tests/test_two_hosts.py",
+    call = [sys.executable, "-m", "pytest", "-rs", "-p", "no:cacheprovider", "--durations=0",
+            "tests/test_two_hosts.py",
             "tests/test_faults.py::test_run_of_two_ranks_continues_on_one_or_four"]
     done = subprocess.run(call, cwd=ROOT, env=os.environ | {"TORTURE": "1"}, text=True,
                           stdout=subprocess.PIPE)
-    check(done.returncode == 0, done.stdout)
+    check(done.returncode == 0, done.stdout[-600:])
     return ", ".join(line.strip("= ") for line in done.stdout.splitlines()
-                     if line.startswith("SKIPPED") or " passed" in line or line.endswith("[100%]"))
+                     if line.startswith("SKIPPED") or " passed" in line or " skipped" in line)
 
 
 def steps(yard: Yard) -> str:
     """20,000 steps: memory and open files after 1,000 steps and at the end."""
     out, found, n = yard.folder / "steps", {}, 20_000
     process = yard.start(out, max_steps=n, save_every=1000, keep=2, log_every=1000, rows_per_step=1)
-    for at in (1010, n - 100):  # between two checkpoints
-        wait_for(process, lambda: rows(out) >= at, 1200)  # noqa: B023
+    for at in (1010, n - 500):  # between two checkpoints
+        wait_for(lambda: rows(out) >= at, process, seconds=1200, pause=0.2)  # noqa: B023
         check(process.poll() is None, "the run ended early")
         pages = int(Path(f"/proc/{process.pid}/statm").read_text().split()[1])
         files = len(list(Path(f"/proc/{process.pid}/fd").iterdir()))
         found[at] = (pages * os.sysconf("SC_PAGE_SIZE") / 1e6, files)
-    check(process.wait() == 0, "the run failed")
+    check(process.wait(timeout=300) == 0, "the run failed")
     (before, files), (after, files_after) = found.values()
     check(files == files_after, f"{files} open files, later {files_after}")
     check(after < before + 20, f"{before:.0f} MB, later {after:.0f} MB")
@@ -229,15 +251,21 @@ PARTS = {part.__name__: part for part in (kills, restarts, stops, full_disk, dam
 
 
 def main(names: list[str]) -> int:
+    """The number of parts that failed."""
     table, failed = [], 0
-    with tempfile.TemporaryDirectory(prefix="nanosft_torture_") as folder:
+    if unknown := set(names) - set(PARTS):
+        sys.exit(f"error: no part {', '.join(unknown)}; choose from {', '.join(PARTS)}")
+    with tempfile.TemporaryDirectory("", "nanosft_torture_", ignore_cleanup_errors=True) as folder:
         yard = Yard(Path(folder))
         for name in names or PARTS:
             start = time.monotonic()
             try:
                 result = PARTS[name](yard)
-            except AssertionError as error:
-                failed, result = failed + 1, f"FAILED: {error}"
+            except Exception as error:
+                failed, result = failed + 1, f"FAILED: {type(error).__name__}: {error}"
+            finally:
+                yard.clean_up()
+            result = " ".join(result.replace("|", "/").split())
             table.append(f"| {name:9} | {time.monotonic() - start:4.0f} s | {result} |")
             print(table[-1], flush=True)
     print("\n| part      | time   | result |\n|---|---|---|", *table, sep="\n")

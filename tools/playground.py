@@ -12,8 +12,6 @@ Only for small models with the `bytes` encoding: the page is limited to 16 MB.
 import base64
 import dataclasses
 import itertools
-import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +21,7 @@ from model import GPT
 from nanosft.assistant import Assistant, load_assistant
 from nanosft.cli import UserError, run_cli
 from nanosft.sources import read_jsonl, require_file
+from nanosft.viewer import save_page
 from nanosft.weights import checkpoints, find_model, read_config
 from tokenizer import SPECIALS, render_prompt, stop_ids
 
@@ -171,33 +170,13 @@ def check_size(model: GPT, n_models: int) -> None:
 # ----- the page ----------------------------------------------------------------------------------
 
 
-def write_page(path: Path, data: dict, weights: list[str]) -> int:
-    """playground.html with its data, written atomically; returns its size in bytes."""
+def main(config: Config) -> None:
+    data, weights = page_data(config)
     lines = (f'<script type="text/plain" data-weights="{i}">{text}</script>'
              for i, text in enumerate(weights))
-    as_json = json.dumps(data).replace("<", "\\u003c")  # without `<`, text stays text
-    page = PAGE.read_text("utf-8").replace("__WEIGHTS__", "\n".join(lines))
-    page = page.replace("__DATA__", as_json).encode()
-    tmp = path.with_name(f"{path.name}.tmp{os.getpid()}")
-    try:
-        tmp.write_bytes(page)
-        tmp.replace(path)
-    except OSError as error:
-        tmp.unlink(missing_ok=True)
-        raise UserError(f"--out {path}: {error.strerror}") from error
-    return len(page)
-
-
-def main(config: Config) -> None:
-    path = Path(config.out)
-    if path.is_dir():
-        raise UserError(f"--out {path} is a folder; name a file in it")
-    if not path.parent.is_dir():
-        raise UserError(f"--out {path}: the folder {path.parent} does not exist; create it first")
-    data, weights = page_data(config)
-    size = write_page(path, data, weights)
+    size = save_page("--out", config.out, PAGE, data, "\n".join(lines))
     steps = ", ".join(str(checkpoint["step"]) for checkpoint in data["checkpoints"][1:])
-    print(f"{path}: {size / 1e6:.1f} MB, the base and steps {steps}; open it in a browser")
+    print(f"{config.out}: {size / 1e6:.1f} MB, the base and steps {steps}; open it in a browser")
 
 
 if __name__ == "__main__":
