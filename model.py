@@ -304,14 +304,15 @@ class Cache:
         """Drop all other rows; `lengths` are those of the rows that stay."""
         self.kv = [kv[rows] for kv in self.kv]
         self.lengths, self.longest = torch.tensor(lengths).to(self.kv[0].device), max(lengths)
+        self.rows = torch.arange(len(lengths), device=self.lengths.device)
         self.mask = None  # all rows have the same length
-        if min(lengths) < self.longest:  # (B, 1, 1, end), 0 where a row may attend
+        if min(lengths) < self.longest:  # (B, 1, 1, end), 0 where a row may attend, else -inf
             column = torch.arange(self.kv[0].size(3), device=self.lengths.device)
-            seen = (column < self.lengths[:, None])[:, None, None]
-            self.mask = torch.zeros_like(seen, dtype=self.kv[0].dtype).masked_fill(~seen, -math.inf)
+            unseen = (column >= self.lengths[:, None])[:, None, None]
+            self.mask = self.kv[0].new_zeros(unseen.shape).masked_fill(unseen, -math.inf)
 
     def prefill(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention in whole prompts, (B, n_head, T, hs) each; right-padded, so causal is enough"""
+        """Attention of whole prompts, (B, n_head, T, hs); right-padded, so causal is enough."""
         T = q.size(2)
         self.kv[layer][:, 0, :, :T], self.kv[layer][:, 1, :, :T] = k, v
         return causal(q, k, v)
@@ -319,10 +320,9 @@ class Cache:
     def advance(self) -> Tensor:
         """Make room for one more token per row; returns their positions (B,)."""
         positions, self.lengths, self.longest = self.lengths, self.lengths + 1, self.longest + 1
-        if self.mask is None:
-            self.new = (..., self.longest - 1, slice(None))
-        else:
-            self.new = (torch.arange(len(positions)), slice(None), slice(None), positions)
+        self.new = (..., self.longest - 1, slice(None))  # where the new keys and values go
+        if self.mask is not None:
+            self.new = (self.rows, slice(None), slice(None), positions)
             self.mask[self.new] = 0
         return positions
 

@@ -144,8 +144,8 @@ SLICES = 16  # of a matrix in its product with one row: enough for as many cores
 class Decoder:
     """The network for one token of each row, (B,) ids -> (B, C); then `head`, (B, C) -> (B, V).
 
-    Equal to the blocks called with the cache's attention. But a step computes so little that calls
-    of modules would show, and so few rows that the usual matrix products would be slow.
+    Equal to the blocks called with the cache's attention. But a step computes so little that the
+    overhead of modules would show, and with so few rows F.linear is slow.
     """
 
     def __init__(self, gpt):
