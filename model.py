@@ -313,8 +313,7 @@ class Cache:
 
     def prefill(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of whole prompts, (B, n_head, T, hs); right-padded, so causal is enough."""
-        T = q.size(2)
-        self.kv[layer][:, 0, :, :T], self.kv[layer][:, 1, :, :T] = k, v
+        self.kv[layer][:, :, :, : q.size(2)] = torch.stack([k, v], dim=1)
         return causal(q, k, v)
 
     def advance(self) -> Tensor:
