@@ -235,7 +235,8 @@ class GPT(nn.Module):
         check_request(lengths, self.config.block_size, max_new_tokens, temperature, top_k, top_p)
         sampler = torch.Generator(self.lm_head.weight.device).manual_seed(seed)
         end = min(max(lengths) + max_new_tokens, self.config.block_size)
-        x, caches = self._prefill(prompts, end)  # (B, C)
+        cache = Cache(lengths, end, self.config, self.lm_head.weight)
+        x, decoder = self._prefill(prompts, cache), fast.Decoder(self)  # x (B, C)
         # of each unfinished row: its prompt's number, tokens in the cache, tokens it may still add
         rows, budgets = list(range(len(prompts))), [max_new_tokens] * len(prompts)
         while True:
@@ -244,46 +245,31 @@ class GPT(nn.Module):
             if not alive:
                 return
             if len(alive) < len(rows):  # continue with the unfinished rows only
-                keep = torch.tensor(alive, device=x.device)
-                x = x[keep]
-                for cache in caches:
-                    cache.keep(keep)
+                x = x[alive]
                 rows, lengths, budgets = ([a[i] for i in alive] for a in (rows, lengths, budgets))
-            # up to about 32 rows the transposed product is twice as fast on a CPU (LOG.md)
-            logits = (self.lm_head.weight @ x.T).T if len(x) <= 32 else self.lm_head(x)  # (B, V)
-            logits = logits[:, : self.config.n_vocab].float()
+                cache.keep(alive, lengths)
+            logits = decoder.head(x)[:, : self.config.n_vocab].float()  # (B, n_vocab)
             tokens = sample(logits, temperature, top_k, top_p, sampler)  # (B,)
             new = tokens.tolist()
             yield list(zip(rows, new))
             budgets = [0 if token in stop_ids else left - 1 for token, left in zip(new, budgets)]
-            if any(budgets):
-                x = self._decode(tokens, lengths, caches)
             lengths = [n + 1 for n in lengths]
+            if any(budgets):
+                x = decoder(tokens, cache)
 
-    def _prefill(self, prompts: Sequence[Sequence[int]], end: int) -> tuple[Tensor, list["Cache"]]:
-        """(B, C) at the last token of each prompt, and the caches with room for `end` tokens.
+    def _prefill(self, prompts: Sequence[Sequence[int]], cache: "Cache") -> Tensor:
+        """Fill the cache; returns (B, C) at the last token of each prompt.
 
         Prompts are padded on the right, where causal attention never looks; each new token takes
         the place of a padding key before any later token could attend to it.
         """
         device, lengths = self.lm_head.weight.device, [len(prompt) for prompt in prompts]
-        caches = [Cache(len(prompts), end, self.config, self.lm_head.weight)
-                  for _ in range(self.config.n_layer)]
         idx = torch.zeros(len(prompts), max(lengths), dtype=torch.long)  # (B, T)
         for row, prompt in enumerate(prompts):
             idx[row, : len(prompt)] = torch.as_tensor(prompt)
-        x = self._blocks(idx.to(device), torch.arange(max(lengths), device=device), caches)
-        return x[torch.arange(len(prompts)), torch.tensor(lengths) - 1], caches
-
-    def _decode(self, tokens: Tensor, lengths: list[int], caches: list["Cache"]) -> Tensor:
-        """One more token per row, (B,), at position lengths[row] -> (B, C)."""
-        at, longest = torch.tensor(lengths, device=tokens.device), max(lengths) + 1
-        mask = None  # all rows have the same length
-        if min(lengths) + 1 < longest:  # (B, 1, 1, longest), True where a row may attend
-            mask = (torch.arange(longest, device=tokens.device) <= at[:, None])[:, None, None]
-        for cache in caches:
-            cache.advance(at, longest, mask)
-        return self._blocks(tokens[:, None], at[:, None], caches)[:, 0]
+        attends = [functools.partial(cache.prefill, layer) for layer in range(self.config.n_layer)]
+        x = self._blocks(idx.to(device), torch.arange(max(lengths), device=device), attends)
+        return x[torch.arange(len(prompts)), torch.tensor(lengths) - 1]
 
 
 def isolated_positions(segments: Tensor) -> Tensor:
@@ -304,33 +290,47 @@ def isolated_mask(segments: Tensor) -> Tensor:
 
 
 class Cache:
-    """One layer's keys and values during generation; row i is filled up to lengths[i]."""
+    """The keys and values of all layers during generation; row i is filled up to lengths[i].
 
-    def __init__(self, B: int, length: int, config: GPTConfig, like: Tensor):
-        shape = (B, config.n_head, length, config.n_embd // config.n_head)
-        self.k, self.v = like.new_zeros(shape), like.new_zeros(shape)
-        self.lengths, self.longest, self.mask = None, 0, None
+    kv[layer] (B, 2, n_head, end, hs) is zero where nothing was written: masked, it must be finite.
+    """
 
-    def advance(self, lengths: Tensor, longest: int, mask: Tensor | None) -> None:
-        """Before a step: where each row writes and what it attends to (None: all up to longest)."""
-        self.lengths, self.longest, self.mask = lengths, longest, mask
+    def __init__(self, lengths: list[int], end: int, config: GPTConfig, like: Tensor):
+        shape = (len(lengths), 2, config.n_head, end, config.n_embd // config.n_head)
+        self.kv = [like.new_zeros(shape) for _ in range(config.n_layer)]
+        self.keep(slice(None), lengths)
 
-    def keep(self, rows: Tensor) -> None:
-        self.k, self.v = self.k[rows], self.v[rows]
+    def keep(self, rows: slice | list[int], lengths: list[int]) -> None:
+        """Drop all other rows; `lengths` are those of the rows that stay."""
+        self.kv = [kv[rows] for kv in self.kv]
+        self.lengths, self.longest = torch.tensor(lengths).to(self.kv[0].device), max(lengths)
+        self.rows = torch.arange(len(lengths), device=self.lengths.device)
+        self.mask = None  # all rows have the same length
+        if min(lengths) < self.longest:  # (B, 1, 1, end), 0 where a row may attend, else -inf
+            column = torch.arange(self.kv[0].size(3), device=self.lengths.device)
+            unseen = (column >= self.lengths[:, None])[:, None, None]
+            self.mask = self.kv[0].new_zeros(unseen.shape).masked_fill(unseen, -math.inf)
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention: q, k, v (B, n_head, T, hs); T is the prompt length at first, then 1."""
-        T = q.size(2)
-        if self.lengths is None:  # prefill: whole prompts, right-padded, so causal is enough
-            self.k[:, :, :T], self.v[:, :, :T] = k, v
-            return causal(q, k, v)
-        if self.mask is None:  # all rows have the same length
-            self.k[:, :, self.longest - 1], self.v[:, :, self.longest - 1] = k[:, :, 0], v[:, :, 0]
-        else:
-            rows = torch.arange(len(self.lengths), device=q.device)
-            self.k[rows, :, self.lengths], self.v[rows, :, self.lengths] = k[:, :, 0], v[:, :, 0]
-        k, v = self.k[:, :, : self.longest], self.v[:, :, : self.longest]
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask)
+    def prefill(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention of whole prompts, (B, n_head, T, hs); right-padded, so causal is enough."""
+        self.kv[layer][:, :, :, : q.size(2)] = torch.stack([k, v], dim=1)
+        return causal(q, k, v)
+
+    def advance(self) -> Tensor:
+        """Make room for one more token per row; returns their positions (B,)."""
+        positions, self.lengths, self.longest = self.lengths, self.lengths + 1, self.longest + 1
+        self.new = (..., self.longest - 1, slice(None))  # where the new keys and values go
+        if self.mask is not None:
+            self.new = (self.rows, slice(None), slice(None), positions)
+            self.mask[self.new] = 0
+        return positions
+
+    def attend(self, layer: int, qkv: Tensor) -> Tensor:
+        """qkv (B, 3, n_head, hs) of one token per row -> (B, n_head, 1, hs)"""
+        self.kv[layer][self.new] = qkv[:, 1:]
+        k, v = self.kv[layer][:, :, :, : self.longest].unbind(1)
+        mask = None if self.mask is None else self.mask[..., : self.longest]
+        return F.scaled_dot_product_attention(qkv[:, 0, :, None], k, v, attn_mask=mask)
 
 
 def sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None,

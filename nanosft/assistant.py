@@ -28,15 +28,21 @@ class Assistant(NamedTuple):
 
     def answer(self, prompts: list[list[int]], max_new_tokens: int, batch_size: int = 32,
                temperature: float = 0.0, seed: int = 0) -> list[Answer]:
-        """The answer to each prompt (ids); its text does not include the end token."""
-        stops, answers = stop_ids(self.encoding, self.template), []
+        """The answer to each prompt (ids); its text does not include the end token.
+
+        Prompts of like length are answered together, which saves padding and masks.
+        """
+        stops, answers = stop_ids(self.encoding, self.template), {}
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         for at in range(0, len(prompts), batch_size):
-            for ids in self.model.generate(prompts[at : at + batch_size], max_new_tokens,
-                                           temperature, stop_ids=stops, seed=seed + at):
+            batch = order[at : at + batch_size]
+            new = self.model.generate([prompts[i] for i in batch], max_new_tokens, temperature,
+                                      stop_ids=stops, seed=seed + at)
+            for i, ids in zip(batch, new):
                 stopped = bool(ids) and ids[-1] in stops
                 text = self.encoding.decode(ids[:-1] if stopped else ids)
-                answers.append(Answer(text, len(ids), stopped))
-        return answers
+                answers[i] = Answer(text, len(ids), stopped)
+        return [answers[i] for i in range(len(prompts))]
 
 
 def load_assistant(name: str, device: str | torch.device = "cpu") -> Assistant:

@@ -3,6 +3,7 @@
 Both have a plain definition of a few lines in model.py, and tests that they are equal to it.
 """
 
+import functools
 import math
 
 import torch
@@ -132,3 +133,69 @@ class SummedCrossEntropy(torch.autograd.Function):
         d_hidden, d_head = ctx.grads
         ctx.grads = None  # scaled in place, so they can be used only once
         return d_hidden.mul_(grad), d_head.mul_(grad), None, None, None, None
+
+
+# ----- generation: one token of each row ---------------------------------------------------------
+
+ONEDNN_FROM = 5, 4 << 20  # rows and multiplications; below, MKL's product is faster; LOG.md
+SLICES = 16  # of a matrix in its product with one row: enough for as many cores
+
+
+class Decoder:
+    """The network for one token of each row, (B,) ids -> (B, C); then `head`, (B, C) -> (B, V).
+
+    Equal to the blocks called with the cache's attention. But a step computes so little that the
+    overhead of modules would show, and with so few rows F.linear is slow.
+    """
+
+    def __init__(self, gpt):
+        net = gpt.transformer
+        self.n_head, self.wte, self.wpe = gpt.config.n_head, net.wte.weight, net.wpe.weight
+        self.blocks = [(norm(b.ln_1), FewRows(b.attn.c_attn), FewRows(b.attn.c_proj),
+                        norm(b.ln_2), FewRows(b.mlp.c_fc), FewRows(b.mlp.c_proj)) for b in net.h]
+        self.ln_f, self.head = norm(net.ln_f), FewRows(gpt.lm_head)
+
+    def __call__(self, tokens: Tensor, cache) -> Tensor:
+        x = F.embedding(tokens, self.wte) + F.embedding(cache.advance(), self.wpe)  # (B, C)
+        for layer, (ln_1, c_attn, attn_proj, ln_2, c_fc, mlp_proj) in enumerate(self.blocks):
+            qkv = c_attn(ln_1(x)).view(len(x), 3, self.n_head, -1)
+            x = x + attn_proj(cache.attend(layer, qkv).view(x.shape))
+            x = x + mlp_proj(F.gelu(c_fc(ln_2(x)), approximate="tanh"))
+        return self.ln_f(x)
+
+
+def norm(layer):
+    """layer(x) of a torch.nn.LayerNorm, without the overhead of a module."""
+    return functools.partial(torch.layer_norm, normalized_shape=layer.normalized_shape,
+                             weight=layer.weight, bias=layer.bias, eps=layer.eps)
+
+
+class FewRows:
+    """layer(x) of a torch.nn.Linear, x (B, C) -> (B, O), for a few rows: faster on a CPU.
+
+    F.linear multiplies one row on one core; as a batch of products with slices of the weight, it
+    is done on all. For more rows, F.linear first copies the weight into another layout. The other
+    way round, weight @ x.T, only x is copied, by oneDNN above all.
+    """
+
+    def __init__(self, layer):
+        self.weight, self.bias = layer.weight, layer.bias  # (O, C), (O,) or None
+        n = math.gcd(len(self.weight), SLICES)
+        self.slices = self.weight.view(n, -1, self.weight.size(1)).mT  # (n, C, O / n)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if x.is_cuda:
+            return F.linear(x, self.weight, self.bias)
+        if len(x) == 1:
+            y = torch.bmm(x.expand(len(self.slices), 1, -1), self.slices).view(1, -1)
+        elif self.suits_onednn(x):  # F.linear(self.weight, x) would use MKL
+            y = torch.ops.mkldnn._linear_pointwise(self.weight, x, None, "none", [], "").T
+        else:
+            y = (self.weight @ x.T).T  # (B, O), but (O, B) in memory
+        return y if self.bias is None else (y + self.bias).contiguous()
+
+    def suits_onednn(self, x: Tensor) -> bool:
+        rows, multiplications = ONEDNN_FROM
+        return (len(x) >= rows and len(x) * self.weight.numel() >= multiplications
+                and x.dtype == self.weight.dtype == torch.float32 and x.device.type == "cpu"
+                and torch.backends.mkldnn.is_available())

@@ -5,7 +5,10 @@ import torch
 from helpers_training import EOT, tiny_model
 
 import model as model_file
+from nanosft import fast
+from nanosft.assistant import Assistant
 from nanosft.cli import UserError
+from tokenizer import get_encoding
 
 PROMPTS = [[72, 105], [1], [3, 1, 4, 1, 5, 9, 2, 6], [258, 104, 105, 260, 259]]
 
@@ -56,6 +59,46 @@ def test_cached_logits_equal_those_of_the_whole_row_at_every_step(monkeypatch):
         whole = model(torch.tensor([prompt + answer[:-1]]))[0, len(prompt) - 1 :, :261]  # (15, V)
         cached = torch.stack([logits[row] for logits in seen])
         torch.testing.assert_close(cached, whole.detach(), atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("B", [1, 2, 5, 40])
+@pytest.mark.parametrize("sizes", [(24, 64), (64, 24), (8, 7)])  # 7 cannot be cut into slices
+@pytest.mark.parametrize("bias", [True, False])
+def test_products_with_few_rows_equal_those_of_the_layer(B, sizes, bias, monkeypatch):
+    monkeypatch.setattr(fast, "ONEDNN_FROM", (5, 0))
+    torch.manual_seed(0)
+    layer, x = torch.nn.Linear(*sizes, bias=bias), torch.randn(B, sizes[0])
+    with torch.no_grad():
+        y = fast.FewRows(layer)(x)
+        torch.testing.assert_close(y, layer(x), atol=1e-6, rtol=1e-5)
+    assert y.is_contiguous() or not bias
+
+
+def test_logits_of_bfloat16_weights_and_of_autocast_are_close_to_those_of_float32(monkeypatch):
+    """All three are given the same new ids."""
+    seen = []
+
+    def keep_logits(logits, *args):
+        seen.append(logits)
+        return len(seen) % 5 + torch.arange(len(logits))
+
+    monkeypatch.setattr(model_file, "sample", keep_logits)
+    model = a_model()
+    model.generate(PROMPTS, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        model.generate(PROMPTS, 5)
+    model.bfloat16().generate(PROMPTS, 5)
+    want, *others = torch.stack(seen).view(3, 5, 4, -1)[..., :261]
+    for found in others:  # 8 bits of mantissa
+        assert 0 < (found - want).abs().max() < 0.05 * want.abs().max()
+
+
+def test_assistant_returns_the_answers_in_the_order_of_the_prompts():
+    """It answers the shortest prompts first."""
+    assistant = Assistant(a_model(), get_encoding("bytes"), None)
+    alone = [assistant.answer([prompt], 6)[0] for prompt in PROMPTS]
+    assert len(set(alone)) == 4
+    assert assistant.answer(PROMPTS, 6, batch_size=2) == alone
 
 
 # ----- where an answer ends ----------------------------------------------------------------------
