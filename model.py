@@ -158,7 +158,9 @@ class GPT(nn.Module):
         """attends: one per layer, because in generation each layer attends to its own Cache."""
         x = self.transformer.wte(idx) + self.transformer.wpe(positions)  # (B, T, C)
         for block, attend in zip(self.transformer.h, attends):
-            x = block(x, attend)
+            # block() may be compiled, and then only for training: evaluation and generation have
+            # so many shapes that they would exhaust the number of graphs that dynamo allows
+            x = (block if torch.is_grad_enabled() else block.forward)(x, attend)
         return self.transformer.ln_f(x)
 
     def logits(self, x: Tensor) -> Tensor:

@@ -26,7 +26,6 @@ from helpers_training import (
     plain_loss_sum,
     pretrain,
     quietly,
-    random_examples,
     sft_folder,
     step_cases,
     step_gradients,
@@ -37,7 +36,6 @@ from helpers_training import (
 
 import train_gpt2
 import train_sft
-from model import GPT, GPTConfig
 from nanosft.cli import UserError
 from sft_data import SFTDataset
 from train_gpt2 import (
@@ -499,26 +497,3 @@ def test_importing_the_trainers_has_no_effect(tmp_path):
         cwd=tmp_path, capture_output=True, text=True,
         env=os.environ | {"RANK": "0", "WORLD_SIZE": "2", "PYTHONDONTWRITEBYTECODE": "1"})
     assert (found.stdout, found.stderr) == ("[] []\n", "")
-
-
-# ----- torch.compile -----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("layout", ["fit", "stream", "pad"])
-def test_compiled_blocks_are_not_compiled_again_after_the_first_steps(layout, tmp_path):
-    """What differs from step to step (segments, the number of targets) stays outside the graphs."""
-    torch._dynamo.reset()
-    data = sft_folder(tmp_path / "data", train=random_examples(39, longest=60))
-    config = train_sft.Config(data, "", layout=layout, block_size=64, batch_size=2, rows_per_step=2)
-    model = GPT(GPTConfig(block_size=64, vocab_size=320, n_layer=2, n_head=2, n_embd=16))
-    for block in model.transformer.h:
-        block.compile(backend="aot_eager")
-    optimizer = make_optimizer(model, config)
-    steps = load_steps(train_sft.open_rows(config, "train"), config, ALONE, 0)
-    compiled = []
-    for _ in range(8):
-        train_step(model, optimizer, next(steps), 1e-3, 1.0, ALONE, forward_sft)
-        compiled.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-    assert compiled[0] > 0
-    assert compiled[-1] == compiled[2]
-    torch._dynamo.reset()
