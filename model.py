@@ -174,14 +174,17 @@ class GPT(nn.Module):
 
     # ----- the loss ------------------------------------------------------------------------------
 
-    def loss_sum(self, x: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
-        """x (B, T, C), targets and weights (B, T) -> float32 scalar, the sum of weight * nll.
+    def loss_and_hits(self, x: Tensor, targets: Tensor, weights: Tensor | None = None,
+                      ) -> tuple[Tensor, Tensor]:
+        """x (B, T, C), targets and weights (B, T) -> the sum of weight * nll, a float32 scalar, and
+        for evaluation the number of targets that are the most likely id.
 
         By definition this is
 
             counts = targets != IGNORE_INDEX  # (B, T), N of them True
-            nll = F.cross_entropy(self.logits(x[counts]), targets[counts], reduction="none")
-            return (weights[counts] * nll).sum()
+            logits, targets = self.logits(x[counts]), targets[counts]  # (N, V), (N,)
+            nll = F.cross_entropy(logits, targets, reduction="none")
+            return (weights[counts] * nll).sum(), (logits.argmax(1) == targets).sum()
 
         but nanosft/fast.py computes it in chunks and never materializes the (N, V) logits.
         """
@@ -190,6 +193,9 @@ class GPT(nn.Module):
         weights = torch.ones(len(at), device=x.device) if weights is None else weights.flatten()[at]
         return fast.summed_cross_entropy(x, self.lm_head.weight, targets, weights,
                                          self.config.n_vocab)
+
+    def loss_sum(self, x: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
+        return self.loss_and_hits(x, targets, weights)[0]
 
     # ----- weights in and out, in Hugging Face's format ------------------------------------------
 

@@ -24,7 +24,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
@@ -348,12 +347,9 @@ def evaluate(model: GPT, batches: Iterable[MicroBatch], ranks: Ranks) -> dict[st
         x, y, weights, segments, _ = batch.to(ranks.device)
         counts = y != IGNORE_INDEX  # (B, T)
         with ranks.autocast():
-            logits = model(x, segments=segments)  # (B, T, V)
-        logits, y = logits[counts].float(), y[counts]  # (N, V), (N,)
-        weights = torch.ones(len(y), device=ranks.device) if weights is None else weights[counts]
-        nll = F.cross_entropy(logits, y, reduction="none")  # (N,)
-        hits = (logits.argmax(1) == y).sum()
-        sums += torch.stack([(nll * weights).sum(), weights.sum(), hits, counts.sum()])
+            loss, hits = model.loss_and_hits(model.hidden(x, segments), y, weights)
+        weight = counts.sum() if weights is None else weights[counts].sum()
+        sums += torch.stack([loss, weight, hits, counts.sum()])
     loss, weight, hits, targets = ranks.sum(sums).tolist()
     return {"val_loss": loss / max(weight, 1e-9), "val_accuracy": hits / max(targets, 1)}
 

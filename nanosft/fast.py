@@ -77,11 +77,15 @@ class Varlen:
 
 
 def summed_cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor,
-                         n_vocab: int) -> Tensor:
-    """Equal to (weights * F.cross_entropy(logits, targets, reduction="none")).sum(), where
-    logits = hidden @ head.T with the columns from n_vocab on set to -inf.
+                         n_vocab: int) -> tuple[Tensor, Tensor]:
+    """(loss_sum, hits), float32 and int64 scalars. By definition
 
-    hidden (N, C), head (V, C), targets (N,) int64, weights (N,) -> float32 scalar
+        logits = hidden @ head.T  # (N, V), the columns from n_vocab on set to -inf
+        loss_sum = (weights * F.cross_entropy(logits, targets, reduction="none")).sum()
+        hits = (logits.argmax(1) == targets).sum()
+
+    hidden (N, C), head (V, C), targets (N,) int64, weights (N,). The hits are counted only where
+    gradients are off: training does not need them.
     """
     needs_grad = torch.is_grad_enabled()
     return SummedCrossEntropy.apply(hidden, head, targets, weights, n_vocab, needs_grad)
@@ -103,12 +107,15 @@ class SummedCrossEntropy(torch.autograd.Function):
             rows = max(1, CHUNK_BYTES.get(device, CHUNK_BYTES["cuda"]) // (4 * len(head)))
             chunks = zip(h.split(rows), targets[:, None].split(rows), weights[:, None].split(rows))
             loss_sum = torch.zeros((), device=hidden.device)
+            hits = torch.zeros((), dtype=torch.long, device=hidden.device)
             # needs_grad is an argument because grad mode is always off inside forward
             d_hidden, d_head = [], torch.zeros_like(head) if needs_grad else None
             buffer = h.new_empty(min(rows, len(h)), len(head))  # the logits of one chunk
             for h_n, target, weight in chunks:
                 logits = torch.mm(h_n, w.T, out=buffer[: len(h_n)]).float()  # (n, V)
                 logits[:, n_vocab:] = -math.inf
+                if not needs_grad:
+                    hits += (logits.argmax(1, keepdim=True) == target).sum()
                 top, picked = logits.amax(1, keepdim=True), logits.gather(1, target)  # (n, 1)
                 p = logits.sub_(top).exp_()
                 total = p.sum(1, keepdim=True)  # (n, 1)
@@ -125,10 +132,11 @@ class SummedCrossEntropy(torch.autograd.Function):
             if needs_grad:
                 d_hidden = torch.cat(d_hidden) if d_hidden else torch.zeros_like(h)
                 ctx.grads = d_hidden.to(hidden.dtype), d_head
-        return loss_sum
+        ctx.mark_non_differentiable(hits)
+        return loss_sum, hits
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, grad, _):
         d_hidden, d_head = ctx.grads
         ctx.grads = None  # scaled in place, so they can be used only once
         return d_hidden.mul_(grad), d_head.mul_(grad), None, None, None, None

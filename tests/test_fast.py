@@ -6,11 +6,12 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers_training import gradients, plain_loss_sum, tiny_model
+from helpers_training import ALONE, gradients, plain_loss_sum, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import isolated_mask
 from nanosft import fast
+from train_gpt2 import MicroBatch, evaluate
 
 # ----- attention within segments -----------------------------------------------------------------
 
@@ -131,7 +132,7 @@ def test_chunked_loss_and_gradients_equal_those_of_full_logits(monkeypatch, coun
 def test_large_logits_do_not_overflow():
     hidden = torch.tensor([[100.0]], requires_grad=True)
     head = torch.tensor([[3.0], [1.0]], requires_grad=True)
-    loss = fast.summed_cross_entropy(hidden, head, torch.tensor([1]), torch.ones(1), 2)
+    loss, _ = fast.summed_cross_entropy(hidden, head, torch.tensor([1]), torch.ones(1), 2)
     loss.backward()
     assert loss.item() == pytest.approx(200)  # the target's logit 100 trails the other one's 300
     assert head.grad.flatten().tolist() == pytest.approx([100, -100])
@@ -162,6 +163,19 @@ def test_loss_never_holds_the_logits_of_all_tokens(monkeypatch):
         plain_loss_sum(model, *batch)
     assert max(chunked.logits) == 4 * 320
     assert max(plain.logits) == 64 * 320  # so the watch does see full logits
+
+
+def test_evaluation_holds_no_more_logits_than_training_and_finds_the_same_in_chunks(monkeypatch):
+    model, batch = tiny_model(n_embd=2, n_head=1), MicroBatch(*a_batch("some targets"))
+    with Watch() as whole:
+        want = evaluate(model, [batch], ALONE)
+    set_chunk_rows(monkeypatch, 4)
+    with Watch() as chunked:
+        found = evaluate(model, [batch], ALONE)
+    n_targets = int((batch.y != -100).sum())
+    assert (max(whole.logits), max(chunked.logits)) == (n_targets * 320, 4 * 320)
+    assert found["val_loss"] == pytest.approx(want["val_loss"], rel=1e-6)
+    assert found["val_accuracy"] == want["val_accuracy"] > 0
 
 
 def test_without_gradients_the_loss_is_the_same_for_a_third_of_the_matrix_products():
