@@ -137,6 +137,9 @@ class SummedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad, _):
+        if ctx.grads is None:
+            raise RuntimeError("the loss was already backpropagated once, which used up its "
+                               "gradients; compute it again")
         d_hidden, d_head = ctx.grads
         ctx.grads = None  # scaled in place, so they can be used only once
         return d_hidden.mul_(grad), d_head.mul_(grad), None, None, None, None
