@@ -30,7 +30,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from model import GPT, IGNORE_INDEX, GPTConfig
-from nanosft import checkpoint, finite, memory, process
+from nanosft import checkpoint, fast, finite, memory, process
 from nanosft.cli import UserError, minutes, run_cli
 from nanosft.hf_tokenizer import save_model
 from nanosft.shards import Shards, read_meta
@@ -157,8 +157,9 @@ def setup_distributed(device: str = "auto", dist_timeout: float = 10) -> Ranks:
         torch.cuda.set_device(torch_device)
         torch.set_float32_matmul_precision("high")
     if world_size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if torch_device.type == "cuda" else "gloo",
-                                timeout=minutes("dist_timeout", dist_timeout))
+        is_cuda = torch_device.type == "cuda"
+        dist.init_process_group("nccl" if is_cuda else "gloo", timeout=minutes("dist_timeout",
+                                dist_timeout), device_id=torch_device if is_cuda else None)
     return Ranks(rank, world_size, torch_device)
 
 
@@ -166,20 +167,14 @@ def setup_distributed(device: str = "auto", dist_timeout: float = 10) -> Ranks:
 
 
 class MicroBatch(NamedTuple):
-    """The rows of one forward pass on one rank."""
+    """The rows of one forward pass on one rank. They are on the CPU, where counting needs no wait
+    for a GPU; the model takes to its device what it needs there."""
 
     x: Tensor  # (B, T) int64
     y: Tensor  # (B, T) int64, -100 where ignored
     weights: Tensor | None = None  # (B, T) float32; None: all 1
     segments: Tensor | None = None  # (B, T) int64; None: each row is one text
     n_tokens: int = 0  # non-padding positions of x
-
-    def to(self, device: torch.device) -> "MicroBatch":
-        def move(t):
-            pinned = t.pin_memory() if device.type == "cuda" else t
-            return pinned.to(device, non_blocking=True)
-
-        return MicroBatch(*(move(t) if isinstance(t, Tensor) else t for t in self))
 
     def weight_percent(self) -> int:
         """Sum of the target weights in integer percent: the same in any order of summation."""
@@ -317,11 +312,10 @@ def train_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer,
 
     loss = torch.zeros((), device=ranks.device)
     for i, batch in enumerate(micro_batches):
-        x, y, weights, segments, _ = batch.to(ranks.device)
         last = i == len(micro_batches) - 1  # DDP all-reduces gradients only on this one
         with contextlib.nullcontext() if last or ranks.world_size == 1 else model.no_sync():
             with ranks.autocast():
-                loss_sum, _ = forward(model, x, y, weights, segments)
+                loss_sum, _ = forward(model, batch.x, batch.y, batch.weights, batch.segments)
             # DDP averages gradients over the ranks; world_size turns the mean into a sum
             (loss_sum * ranks.world_size / total_weight).backward()
         loss += loss_sum.detach()
@@ -342,15 +336,15 @@ def train_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer,
 def evaluate(model: GPT, batches: Iterable[MicroBatch], ranks: Ranks) -> dict[str, float]:
     """val_loss in nats and val_accuracy per trained token, over the batches of all ranks."""
     dtype = torch.float32 if ranks.device.type == "mps" else torch.float64  # mps has no float64
-    sums = torch.zeros(4, dtype=dtype, device=ranks.device)  # loss, weight, hits, targets
-    for batch in batches:
-        x, y, weights, segments, _ = batch.to(ranks.device)
+    sums = torch.zeros(4, dtype=dtype, device=ranks.device)  # loss, hits, weight, targets
+    for x, y, weights, segments, _ in batches:
         counts = y != IGNORE_INDEX  # (B, T)
-        with ranks.autocast():
-            loss, hits = model.loss_and_hits(model.hidden(x, segments), y, weights)
         weight = counts.sum() if weights is None else weights[counts].sum()
-        sums += torch.stack([loss, weight, hits, counts.sum()])
-    loss, weight, hits, targets = ranks.sum(sums).tolist()
+        with ranks.autocast():
+            found = model.loss_and_hits(model.hidden(x, segments), y, weights)
+        counted = fast.send(torch.stack([weight, counts.sum()]), ranks.device)
+        sums += torch.cat([torch.stack(found), counted])
+    loss, hits, weight, targets = ranks.sum(sums).tolist()
     return {"val_loss": loss / max(weight, 1e-9), "val_accuracy": hits / max(targets, 1)}
 
 
@@ -423,8 +417,8 @@ def wrap(model: GPT, config: Config, ranks: Ranks) -> torch.nn.Module:
             block.compile()
     if ranks.world_size == 1:
         return model
-    devices = [ranks.device] if ranks.device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+    # without device_ids, DDP leaves the micro-batch on the CPU
+    return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 
 # ----- the loop ----------------------------------------------------------------------------------

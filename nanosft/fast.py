@@ -3,7 +3,9 @@
 Both have a plain definition of a few lines in model.py, and tests that they are equal to it.
 """
 
+import functools
 import math
+import os
 
 import torch
 import torch.nn.functional as F
@@ -13,25 +15,50 @@ CHUNK_BYTES = {"cpu": 50 << 20, "cuda": 1 << 30}  # of logits held at once in th
 LOOP_FROM = 4096  # mean segment length * T from which a loop over segments beats a mask; LOG.md
 
 
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """To the device without waiting for it: a copy from pinned memory only joins its queue."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 # ----- attention: q, k, v (B, n_head, T, hs) -> (B, n_head, T, hs) -------------------------------
 
 
-def attention_within(segments: Tensor):
+def attention_within(segments: Tensor, device: torch.device, head_size: int):
     """Equal to scaled_dot_product_attention(q, k, v, attn_mask=isolated_mask(segments)).
 
-    segments (B, T); None if nothing here beats the dense mask, as for many short segments.
+    segments (B, T), on the device of q, k and v or better on the CPU; None if nothing here beats
+    the dense mask, as for many short segments.
     """
     B, T = segments.shape
     starts = torch.ones_like(segments, dtype=torch.bool)
     starts[:, 1:] = segments[:, 1:] != segments[:, :-1]
-    if segments.is_cuda and torch.is_autocast_enabled("cuda"):
-        return Varlen(starts)
-    if segments.device.type == "cpu":
+    if device.type == "cuda" and has_varlen(device, head_size, torch.is_autocast_enabled("cuda")):
+        return Varlen(starts, device)
+    if device.type == "cpu":
         begins = starts.flatten().nonzero().flatten()
         lengths = torch.diff(begins, append=torch.tensor([B * T])).tolist()
         if len(lengths) * LOOP_FROM <= B * T * T:
             return Looped(lengths)
     return None
+
+
+@functools.cache
+def has_varlen(device: torch.device, head_size: int, is_half: bool) -> bool:
+    """Does PyTorch's varlen kernel run on this GPU? If not, say so, once."""
+    major, minor = torch.cuda.get_device_capability(device)
+    reasons = {
+        "bfloat16 (--dtype)": not is_half,
+        f"a GPU of compute capability 8.0, but this one has {major}.{minor}": major < 8,
+        f"a head size of 8, 16, … 256, but n_embd / n_head is {head_size}":
+            head_size % 8 or head_size > 256,
+    }
+    for need in (need for need, is_missing in reasons.items() if is_missing):
+        if os.environ.get("RANK", "0") == "0":
+            print(f"attention within examples uses a dense mask: the varlen kernel needs {need}")
+        return False
+    return True
 
 
 class Looped:
@@ -57,9 +84,10 @@ class Varlen:
     starts (B, T): True at the first token of each segment.
     """
 
-    def __init__(self, starts: Tensor):
-        end = torch.tensor([starts.numel()], device=starts.device)
-        self.offsets = torch.cat([starts.flatten().nonzero().flatten(), end]).int()
+    def __init__(self, starts: Tensor, device: torch.device):
+        offsets = starts.flatten().nonzero().flatten()
+        offsets = torch.cat([offsets, offsets.new_tensor([starts.numel()])])  # (segments + 1,)
+        self.offsets = send(offsets.int(), device)
         self.longest = starts.size(1)  # an upper bound is enough
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

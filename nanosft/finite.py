@@ -32,9 +32,8 @@ def require_finite_state(where: str, model, optimizer: torch.optim.Optimizer) ->
 @torch.no_grad()
 def loss_of(batch, model, forward: Callable, ranks) -> float:
     """The loss sum of a MicroBatch on this rank."""
-    x, y, weights, segments, _ = batch.to(ranks.device)
     with ranks.autocast():
-        return forward(model, x, y, weights, segments)[0].item()
+        return forward(model, *batch[:4])[0].item()
 
 
 def require_usable(step: int, batch, model, forward: Callable, ranks) -> None:

@@ -44,8 +44,8 @@ def require_training(sizes, config, ranks) -> str:
     """What a rank needs at its peak, as a line to print. UserError if it has less.
 
     Weights, gradients and AdamW's two moments take 16 bytes a parameter. A layer keeps about 17 * C
-    values per token for the backward pass (in bfloat16 on a GPU); the loss, in evaluation too, holds
-    a chunk of logits and its softmax.
+    values per token for the backward pass (in bfloat16 on a GPU); the loss holds a chunk of logits
+    and its softmax, and so does evaluation.
     """
     V, L, C = sizes.vocab_size, sizes.n_layer, sizes.n_embd
     at_once, on_gpu = config.batch_size * config.block_size, ranks.device.type == "cuda"

@@ -65,7 +65,8 @@ def test_row_longer_than_the_block_size_is_refused():
 def each_attention(request, monkeypatch):
     """Both ways to attend within segments on a CPU: nanosft/fast.py's loop and the dense mask."""
     monkeypatch.setattr(fast, "LOOP_FROM", 0 if request.param == "loop" else 10**9)
-    assert (fast.attention_within(SEGMENTS) is None) == (request.param == "mask")
+    attend = fast.attention_within(SEGMENTS, torch.device("cpu"), head_size=16)
+    assert (attend is None) == (request.param == "mask")
 
 
 @pytest.mark.parametrize("segments", [None, SEGMENTS])

@@ -36,6 +36,7 @@ from helpers_training import (
 
 import train_gpt2
 import train_sft
+from nanosft import fast
 from nanosft.cli import UserError
 from sft_data import SFTDataset
 from train_gpt2 import (
@@ -468,6 +469,37 @@ def test_dt_holds_loading_training_and_saving_but_no_evaluation(splits, tmp_path
     assert [row["tokens_per_s"] for row in rows] == [32 / row["dt"] for row in rows]
 
 
+
+
+# ----- devices -----------------------------------------------------------------------------------
+
+
+def test_nccl_is_told_its_device_and_gloo_is_not(monkeypatch):
+    """Without it, NCCL guesses the device from the rank, which is wrong on a second machine."""
+    groups = []
+    monkeypatch.setattr(torch.distributed, "init_process_group",
+                        lambda backend, **flags: groups.append((backend, flags["device_id"])))
+    for name in ("set_device", "set_float32_matmul_precision"):
+        monkeypatch.setattr(torch.cuda if name == "set_device" else torch, name, lambda _: None)
+    monkeypatch.setattr(torch, "empty", lambda *size, device: None)
+    for name, value in (("RANK", "9"), ("LOCAL_RANK", "1"), ("WORLD_SIZE", "16")):
+        monkeypatch.setenv(name, value)
+    for device in ("cuda", "cpu"):
+        assert train_gpt2.setup_distributed(device).rank == 9
+    assert groups == [("nccl", torch.device("cuda", 1)), ("gloo", None)]
+
+
+def test_memory_is_pinned_for_a_gpu_only(monkeypatch):
+    """Pinning would start CUDA, on a machine that has it, under --device cpu too."""
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda t: pinned.append(t) or t)
+    batch = CASES["weights of 7, 50 and 100 %"]
+    step_gradients(tiny_model(), [batch])
+    evaluate(tiny_model(), [batch], ALONE)
+    assert not pinned
+    with pytest.raises((RuntimeError, AssertionError)):  # there is no GPU to take it
+        fast.send(batch.x, torch.device("cuda", 99))
+    assert len(pinned) == 1
 
 
 # ----- importing has no effect -------------------------------------------------------------------
