@@ -78,7 +78,7 @@ class Config:
     eval_every: int = 250
     """steps between evaluations; 0: only at the start and the end"""
     eval_tokens: int = 1_048_576
-    """evaluate on at most this many positions of the validation split"""
+    """evaluate on at most this many positions of the validation split, at even distances"""
     save_every: int = 1000
     """steps between checkpoints; 0: only at the end"""
     keep: int = 0
@@ -250,9 +250,10 @@ def load_steps(rows: Dataset, config: Config, ranks: Ranks, done: int,
 
 
 def eval_batches(val: Dataset, config: Config, ranks: Ranks) -> Iterator[MicroBatch]:
-    """This rank's share of the first --eval_tokens of the validation split."""
+    """This rank's share of --eval_tokens of the validation split, in rows at even distances: the
+    first ones would be the shortest in `bucket`."""
     n = min(len(val), max(1, config.eval_tokens // config.block_size))
-    mine = range(ranks.rank, n, ranks.world_size)
+    mine = [(2 * i + 1) * len(val) // (2 * n) for i in range(ranks.rank, n, ranks.world_size)]
     for at in range(0, len(mine), config.batch_size):
         yield MicroBatch(**val.collate([val[i] for i in mine[at : at + config.batch_size]]))
 

@@ -1,5 +1,6 @@
 """The training step: an exact mean over the trained tokens, however the work is divided."""
 
+import dataclasses
 import json
 import math
 import os
@@ -440,7 +441,21 @@ def test_ranks_share_the_rows_that_eval_tokens_selects():
     config = train_gpt2.Config("", "", batch_size=2, block_size=16, eval_tokens=7 * 16 + 15)
     shares = [[batch.x.tolist() for batch in eval_batches(Numbers(10), config, Ranks(rank, 2, CPU))]
               for rank in (0, 1)]
-    assert shares == [[[0, 2], [4, 6]], [[1, 3], [5]]]  # 7 rows of 16 tokens
+    assert shares == [[[0, 3], [6, 9]], [[2, 5], [7]]]  # 7 rows of 16 tokens, from the whole split
+
+
+@pytest.mark.parametrize("layout", ["stream", "fit", "pad", "bucket"])
+def test_part_of_the_validation_split_is_of_average_length(layout, tmp_path):
+    """`bucket` sorts by length: its first rows would be the shortest examples."""
+    examples = [([*range(n - 1), EOT], [0] + [100] * (n - 1)) for n in range(3, 63)]
+    config = train_sft.Config(sft_folder(tmp_path / "data", val=examples), "", layout=layout,
+                              block_size=64, eval_tokens=10 * 64)
+    val = train_sft.open_rows(config, "val")
+    part, whole = (list(eval_batches(val, c, ALONE))
+                   for c in (config, dataclasses.replace(config, eval_tokens=10**6)))
+    mean, want = (sum(b.n_tokens for b in batches) / sum(len(b.x) for b in batches)
+                  for batches in (part, whole))
+    assert mean == pytest.approx(want, rel=0.1)
 
 
 @pytest.mark.parametrize("splits", [["train"], ["train", "val"]])
