@@ -302,11 +302,13 @@ def count_step(micro_batches: list[MicroBatch], ranks: Ranks) -> Tensor:
 
 def train_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer,
                micro_batches: list[MicroBatch], lr: float, grad_clip: float, ranks: Ranks,
-               forward: Callable = forward_text) -> dict[str, float]:
+               forward: Callable = forward_text,
+               meanwhile: Callable = lambda: None) -> dict[str, float]:
     """One optimizer step; its loss and gradient are the mean over the trained tokens of all ranks.
 
     The mean is over the whole step, so its divisor must be known before the first backward pass:
     dividing each micro-batch by its own count would give tokens of short answers more weight.
+    meanwhile() is called while the device works.
     """
     counts = count_step(micro_batches, ranks)
     total_weight = torch.where(counts[0] > 0, counts[0] / 100, 1.0)
@@ -323,6 +325,7 @@ def train_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer,
     loss = ranks.sum(loss) / total_weight
 
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+    meanwhile()
     _, tokens, trained, ranks.stop.agreed = counts.tolist()
     loss, norm = torch.stack([loss, norm]).tolist()  # the step's only wait for the device
     for group in optimizer.param_groups:
@@ -465,13 +468,13 @@ def train(config: Config, open_rows: Callable, forward: Callable, judge: Callabl
     log = checkpoint.Metrics(config, run, done, n_steps) if ranks.is_main else None
     # a checkpoint's tokenizer; chat.py reads these two in its config.json
     names = {key: rows.meta[key] for key in ("encoding", "template") if key in rows.meta}
-    micro_batches = load_steps(rows, config, ranks, done)
+    micro_batches = fast.Ahead(load_steps(rows, config, ranks, done), n_steps - done)
     clock = time.perf_counter()
     for step in tqdm(range(done + 1, n_steps + 1), initial=done, total=n_steps, unit="step",
                      leave=False, disable=None if ranks.is_main else True):  # None: TTY only
-        lr = get_lr(step - 1, n_steps, config)
-        metrics, batches = {"step": step}, next(micro_batches)
-        metrics |= train_step(model, optimizer, batches, lr, config.grad_clip, ranks, forward)
+        batches, lr = next(micro_batches), get_lr(step - 1, n_steps, config)
+        metrics = {"step": step} | train_step(model, optimizer, batches, lr, config.grad_clip,
+                                              ranks, forward, meanwhile=micro_batches.fetch)
         metrics["dt"] = time.perf_counter() - clock
         metrics["tokens_per_s"] = metrics["tokens"] / metrics["dt"]
         if not math.isfinite(metrics["loss"] + metrics["grad_norm"]):

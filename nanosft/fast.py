@@ -1,11 +1,13 @@
-"""The same results, faster: attention within segments and the summed loss.
+"""The same results, faster: attention within segments, the summed loss, and rows fetched ahead.
 
-Both have a plain definition of a few lines in model.py, and tests that they are equal to it.
+The first two have a plain definition of a few lines in model.py, and tests of equality to it.
 """
 
 import functools
+import itertools
 import math
 import os
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +15,26 @@ from torch import Tensor
 
 CHUNK_BYTES = {"cpu": 50 << 20, "cuda": 1 << 30}  # of logits held at once in the loss; LOG.md
 LOOP_FROM = 4096  # mean segment length * T from which a loop over segments beats a mask; LOG.md
+
+
+class Ahead:
+    """The first n items of an iterator; `fetch` prepares the next one while the device works."""
+
+    def __init__(self, items: Iterator, n: int):
+        self.items, self.fetched = itertools.islice(items, n), []
+
+    def fetch(self) -> None:
+        self.fetched = self.fetched or list(itertools.islice(self.items, 1))
+
+    def __next__(self):
+        self.fetch()
+        return self.fetched.pop()
+
+
+def choose_dtype(name: str, device: torch.device) -> str:
+    """--dtype auto is bfloat16 on a GPU that has it, and float32 elsewhere."""
+    has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return name if name != "auto" else "bfloat16" if has_bfloat16 else "float32"
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
@@ -49,10 +71,10 @@ def has_varlen(device: torch.device, head_size: int, is_half: bool) -> bool:
     """Does PyTorch's varlen kernel run on this GPU? If not, say so, once."""
     major, minor = torch.cuda.get_device_capability(device)
     reasons = {
-        "bfloat16 (--dtype)": not is_half,
         f"a GPU of compute capability 8.0, but this one has {major}.{minor}": major < 8,
         f"a head size of 8, 16, … 256, but n_embd / n_head is {head_size}":
             head_size % 8 or head_size > 256,
+        "--dtype bfloat16": not is_half,
     }
     for need in (need for need, is_missing in reasons.items() if is_missing):
         if os.environ.get("RANK", "0") == "0":

@@ -341,6 +341,26 @@ def test_rank_without_rows_left_gets_filler_of_the_same_shape(tmp_path):
     assert (filler.y == -100).all() and (filler.segments == -1).all()
 
 
+def test_rows_of_the_next_step_are_loaded_while_the_device_works(tmp_path, monkeypatch):
+    """After the step's work was launched and before its results are waited for."""
+    events = []
+
+    def noted(name, function):
+        return lambda *args, **kwargs: events.append(name) or function(*args, **kwargs)
+
+    monkeypatch.setattr(TokenRows, "collate", noted("load", TokenRows.collate))
+    monkeypatch.setattr(torch.Tensor, "backward", noted("backward", torch.Tensor.backward))
+    monkeypatch.setattr(torch.Tensor, "tolist", noted("wait", torch.Tensor.tolist))
+    monkeypatch.setattr(torch.optim.AdamW, "step", noted("update", torch.optim.AdamW.step))
+    data = text_folder(tmp_path / "data", train=range(100))
+    flags = TINY | {"rows_per_step": 2, "max_steps": 3, "save_every": 0}
+    config = train_gpt2.Config(data, str(tmp_path / "out"), **flags)
+    quietly(lambda config: train_gpt2.train(
+        config, train_gpt2.open_rows, forward_text, lambda *args: {}), config)
+    step = ["backward", "load", "wait", "wait", "update"]
+    assert events == ["load", *step, *step, "backward", "wait", "wait", "update"]
+
+
 def test_each_example_is_trained_once_an_epoch_in_an_order_of_the_epochs_own(tmp_path):
     data = sft_folder(tmp_path / "data", train=[([i, i, EOT], [0, 100, 100]) for i in range(11)])
     config = train_sft.Config("", "", batch_size=2, rows_per_step=4)
@@ -480,7 +500,8 @@ def test_dt_holds_loading_training_and_saving_but_no_evaluation(splits, tmp_path
     quietly(lambda config: train_gpt2.train(config, train_gpt2.open_rows, forward_text, judge),
             config)
     rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").open()]
-    assert [row["dt"] for row in rows] == [3, 3, 3, 13, 3]  # step 4 waits for the save after 3
+    # step 1 loads two steps, the last one none; step 4 waits for the save after 3
+    assert [row["dt"] for row in rows] == [4, 3, 3, 13, 2]
     assert [row["tokens_per_s"] for row in rows] == [32 / row["dt"] for row in rows]
 
 
