@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -89,6 +89,8 @@ class Config:
     """also log to this project of Weights & Biases (pip install wandb)"""
     device: str = "auto"
     """auto, cuda, mps or cpu"""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """of matrix products; weights stay float32. auto: bfloat16 on GPUs that have it"""
     dist_timeout: float = 10
     """minutes that a rank waits for the others; must be longer than saving a checkpoint"""
     compile: bool = False
@@ -105,6 +107,7 @@ class Ranks:
     rank: int
     world_size: int
     device: torch.device
+    dtype: str = "float32"  # of matrix products
     stop: process.Stop = dataclasses.field(default_factory=process.Stop)
 
     @property
@@ -123,9 +126,8 @@ class Ranks:
         return [item for turn in turns for item in turn if item is not None]
 
     def autocast(self) -> contextlib.AbstractContextManager:
-        if self.device.type == "cuda":
-            return torch.autocast("cuda", dtype=torch.bfloat16)
-        return contextlib.nullcontext()
+        """Matrix products in bfloat16, if that is the dtype; weights and sums stay float32."""
+        return torch.autocast(self.device.type, torch.bfloat16, self.dtype == "bfloat16")
 
     def print(self, *args) -> None:
         if self.is_main:
@@ -139,7 +141,8 @@ class Ranks:
             dist.destroy_process_group()
 
 
-def setup_distributed(device: str = "auto", dist_timeout: float = 10) -> Ranks:
+def setup_distributed(device: str = "auto", dist_timeout: float = 10, dtype: str = "auto",
+                      ) -> Ranks:
     """Read torchrun's environment; start NCCL on GPUs, Gloo on a CPU. One process needs neither."""
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if device == "auto":
@@ -160,7 +163,7 @@ def setup_distributed(device: str = "auto", dist_timeout: float = 10) -> Ranks:
         is_cuda = torch_device.type == "cuda"
         dist.init_process_group("nccl" if is_cuda else "gloo", timeout=minutes("dist_timeout",
                                 dist_timeout), device_id=torch_device if is_cuda else None)
-    return Ranks(rank, world_size, torch_device)
+    return Ranks(rank, world_size, torch_device, fast.choose_dtype(dtype, torch_device))
 
 
 # ----- rows, and each rank's share of them -------------------------------------------------------
@@ -436,7 +439,7 @@ def train(config: Config, open_rows: Callable, forward: Callable, judge: Callabl
     judge(model, meta, val, config, ranks) -> metrics to add to an evaluation
     """
     # --- 1. ranks and rows ---
-    ranks = setup_distributed(config.device, config.dist_timeout)
+    ranks = setup_distributed(config.device, config.dist_timeout, config.dtype)
     checkpoint.check_flags(config, ranks.world_size)
     rows, val = open_rows(config, "train"), open_rows(config, "val")
     n_steps = config.max_steps or config.epochs * steps_per_epoch(rows, config)
@@ -453,7 +456,7 @@ def train(config: Config, open_rows: Callable, forward: Callable, judge: Callabl
     ranks.print(f"data   {config.data}: {rows.describe()}")
     ranks.print(f"plan   {n_steps} steps of {config.rows_per_step} rows of {config.block_size} "
                 f"tokens; {steps_per_epoch(rows, config)} steps per epoch; {ranks.world_size} "
-                f"rank(s) on {ranks.device.type}")
+                f"rank(s) on {ranks.device.type} in {ranks.dtype}")
     if done >= n_steps:
         ranks.print(f"{config.out} is finished: step {done} of {n_steps}")
         return ranks.finish()

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nanosft.cli import require_choice
+
 CHUNK_BYTES = {"cpu": 50 << 20, "cuda": 1 << 30}  # of logits held at once in the loss; LOG.md
 LOOP_FROM = 4096  # mean segment length * T from which a loop over segments beats a mask; LOG.md
 
@@ -33,6 +35,7 @@ class Ahead:
 
 def choose_dtype(name: str, device: torch.device) -> str:
     """--dtype auto is bfloat16 on a GPU that has it, and float32 elsewhere."""
+    require_choice("dtype", name, ("auto", "float32", "bfloat16"))
     has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return name if name != "auto" else "bfloat16" if has_bfloat16 else "float32"
 

@@ -121,20 +121,22 @@ def varlen_on_cpu():
         seen = text[:, None] == text
         seen = seen.tril() if list(window) == [-1, 0] else seen
         scores = torch.einsum("ihd,jhd->hij", q, k) / q.size(2) ** 0.5
-        return scores.float().masked_fill(~seen, -torch.inf).softmax(-1).to(q.dtype)
+        return scores.masked_fill(~seen, -torch.inf).softmax(-1)
 
     def forward(q, k, v, cu_q, cu_k, max_q, max_k, is_causal, scale, window, *rest):
+        dtype, (q, k, v) = q.dtype, (t.float() for t in (q, k, v))
         p = softmax(q, k, cu_q, cu_k, max_q, max_k, window)
-        y = torch.einsum("hij,jhd->ihd", p, v).contiguous()
+        y = torch.einsum("hij,jhd->ihd", p, v).to(dtype).contiguous()
         return y, torch.zeros(q.size(1), len(q)), torch.zeros(2, dtype=torch.uint64)
 
     def backward(dy, q, k, v, y, lse, cu_q, cu_k, max_q, max_k, is_causal, rng, scale, window):
+        dtype, (dy, q, k, v) = q.dtype, (t.float() for t in (dy, q, k, v))
         p = softmax(q, k, cu_q, cu_k, max_q, max_k, window)
         dp = torch.einsum("ihd,jhd->hij", dy, v)
         ds = p * (dp - (dp * p).sum(-1, keepdim=True)) / q.size(2) ** 0.5
-        return (torch.einsum("hij,jhd->ihd", ds, k).contiguous(),
-                torch.einsum("hij,ihd->jhd", ds, q).contiguous(),
-                torch.einsum("hij,ihd->jhd", p, dy).contiguous())
+        grads = (torch.einsum("hij,jhd->ihd", ds, k), torch.einsum("hij,ihd->jhd", ds, q),
+                 torch.einsum("hij,ihd->jhd", p, dy))
+        return tuple(grad.to(dtype).contiguous() for grad in grads)
 
     varlen._varlen_attn.register_kernel("cpu", forward)
     varlen._varlen_attn_backward.register_kernel("cpu", backward)

@@ -6,7 +6,7 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers_training import ALONE, gradients, plain_loss_sum, tiny_model
+from helpers_training import ALONE, each_precision, gradients, plain_loss_sum, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import isolated_mask
@@ -26,38 +26,42 @@ SEGMENTS = {
 }
 
 
-def output_and_gradients(attend):
+def output_and_gradients(attend, dtype):
     """y and the gradients of q, k and v, each (2, n_head, 8, hs), for random inputs."""
     random = torch.Generator().manual_seed(0)
-    q, k, v, upstream = torch.randn(4, 2, 3, 8, 8, generator=random)
+    q, k, v, upstream = torch.randn(4, 2, 3, 8, 8, generator=random).to(dtype)
     inputs = [t.clone().requires_grad_() for t in (q, k, v)]
     y = attend(*inputs)
     return [y, *torch.autograd.grad((y * upstream).sum(), inputs)]
 
 
-def assert_equals_dense_mask(attend, segments):
+def assert_equals_dense_mask(attend, segments, precision):
     plain = functools.partial(F.scaled_dot_product_attention, attn_mask=isolated_mask(segments))
-    for found, want in zip(output_and_gradients(attend), output_and_gradients(plain)):
-        torch.testing.assert_close(found, want, atol=1e-6, rtol=1e-5)
+    found, want = (output_and_gradients(each, getattr(torch, precision.dtype))
+                   for each in (attend, plain))
+    for a, b in zip(found, want):
+        precision.assert_close(a, b, atol=1e-6, rtol=1e-5)
 
 
+@each_precision
 @pytest.mark.parametrize("name", SEGMENTS)
-def test_loop_over_segments_equals_the_dense_mask(name, monkeypatch):
+def test_loop_over_segments_equals_the_dense_mask(name, precision, monkeypatch):
     monkeypatch.setattr(fast, "LOOP_FROM", 0)
     segments = torch.tensor(SEGMENTS[name])
     attend = fast.attention_within(segments, CPU, 16)
     assert isinstance(attend, fast.Looped)
-    assert_equals_dense_mask(attend, segments)
+    assert_equals_dense_mask(attend, segments, precision)
 
 
+@each_precision
 @pytest.mark.parametrize("compiled", [False, True])
-def test_varlen_kernel_equals_the_dense_mask(compiled, varlen_on_cpu):
+def test_varlen_kernel_equals_the_dense_mask(compiled, precision, varlen_on_cpu):
     segments = torch.tensor(SEGMENTS["several examples a row"])
     attend = fast.Varlen(starts_of(segments), CPU)
     assert attend.offsets.tolist() == [0, 3, 7, 8, 13, 16]  # row 1 begins at token 8 of 16
     if compiled:
         attend = torch.compile(attend.__call__, backend="aot_eager", fullgraph=True)
-    assert_equals_dense_mask(attend, segments)
+    assert_equals_dense_mask(attend, segments, precision)
 
 
 def starts_of(segments):
@@ -73,7 +77,8 @@ CUDA = torch.device("cuda")
     ((7, 5), 64, True, "a GPU of compute capability 8.0, but this one has 7.5"),  # a T4
     ((8, 0), 20, True, "a head size of 8, 16, … 256, but n_embd / n_head is 20"),
     ((8, 0), 320, True, "a head size of 8, 16, … 256, but n_embd / n_head is 320"),
-    ((8, 0), 64, False, "bfloat16 (--dtype)"),
+    ((7, 5), 64, False, "a GPU of compute capability 8.0, but this one has 7.5"),
+    ((8, 0), 64, False, "--dtype bfloat16"),
 ])
 def test_dense_mask_takes_over_where_the_varlen_kernel_does_not_run_and_says_so_once(
         capability, head_size, is_half, need, monkeypatch, capsys):
@@ -144,21 +149,26 @@ def set_chunk_rows(monkeypatch, rows: int) -> None:
     monkeypatch.setitem(fast.CHUNK_BYTES, "cpu", rows * ROW)
 
 
+@each_precision
 @pytest.mark.parametrize("rows", [1, 7, 1000])  # 64 chunks of one row, 10 chunks, one chunk
 @pytest.mark.parametrize("counting", COUNTING)
-def test_chunked_loss_and_gradients_equal_those_of_full_logits(monkeypatch, counting, rows):
+def test_chunked_loss_and_gradients_equal_those_of_full_logits(
+        monkeypatch, counting, rows, precision):
     set_chunk_rows(monkeypatch, rows)
     model, batch = tiny_model(), a_batch(counting)
-    want_loss = plain_loss_sum(model, *batch)
+    with precision.autocast():
+        want_loss = plain_loss_sum(model, *batch)
     (want_loss / 10).backward()
     want = gradients(model)
     model.zero_grad()
-    loss = model(*batch)
+    with precision.autocast():
+        loss = model(*batch)
     (loss / 10).backward()
     assert loss.dtype == torch.float32 and loss.shape == ()
-    torch.testing.assert_close(loss, want_loss, atol=1e-5, rtol=1e-6)
+    torch.testing.assert_close(loss, want_loss, atol=1e-5, rtol=1e-6)  # of the same logits
     for found, expected in zip(gradients(model), want):
-        torch.testing.assert_close(found, expected, atol=2e-6, rtol=1e-5)
+        assert found.dtype == torch.float32
+        precision.assert_close(found, expected, atol=2e-6, rtol=1e-5)
         assert counting != "none" or not found.any()  # zero, but never missing
 
 
