@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import train_gpt2
 from model import Block
+from nanosft import fast
 
 
 @pytest.fixture
@@ -32,9 +33,9 @@ def compiled_steps(monkeypatch):
         compiled = lookup_backend("aot_eager")(graph, inputs)
         return lambda *args: runs.append(1) or compiled(*args)
 
-    def counted(*args):
+    def counted(*args, **kwargs):
         runs.clear()
-        row = train_step(*args)
+        row = train_step(*args, **kwargs)
         steps.append((counters["stats"]["unique_graphs"], len(runs)))
         return row
 
@@ -67,6 +68,21 @@ def test_every_training_step_is_compiled_whatever_is_evaluated_and_sampled_in_be
     assert compiled_steps[1:] == [(GRAPHS[layout], 4)] * 4  # 2 micro-batches, 2 blocks in each
 
 
+
+
+def test_varlen_kernel_is_compiled_for_any_number_of_examples_in_a_row(
+        data, tmp_path, compiled_steps, varlen_on_cpu, monkeypatch):
+    """As on a GPU: in bfloat16, with the kernel inside the graph."""
+
+    def varlen(segments, device, head_size):
+        assert torch.is_autocast_enabled("cpu") and head_size == 8
+        is_first = torch.ones_like(segments, dtype=torch.bool)
+        is_first[:, 1:] = segments[:, 1:] != segments[:, :-1]
+        return fast.Varlen(is_first, device)
+
+    monkeypatch.setattr(fast, "attention_within", varlen)
+    fine_tune(data / "sft", tmp_path / "out", dtype="bfloat16", **FLAGS)
+    assert compiled_steps[2:] == [(compiled_steps[-1][0], 4)] * 3  # one graph in each block
 
 
 def test_ddp_around_compiled_blocks_makes_no_more_graphs(data, tmp_path, compiled_steps,
