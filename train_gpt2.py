@@ -300,7 +300,7 @@ def count_step(micro_batches: list[MicroBatch], ranks: Ranks) -> Tensor:
     for batch in micro_batches:
         trained = int((batch.y != IGNORE_INDEX).sum())
         counts += torch.tensor([batch.weight_percent(), batch.n_tokens, trained, 0])
-    return ranks.sum(counts.to(ranks.device))
+    return ranks.sum(fast.send(counts, ranks.device))
 
 
 def train_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer,

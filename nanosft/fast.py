@@ -176,7 +176,8 @@ class SummedCrossEntropy(torch.autograd.Function):
                 if needs_grad:
                     p.mul_(weight / total)  # the softmax, weighted
                     p.scatter_add_(1, target, -weight)  # d loss / d logits
-                    p = p.to(h_n.dtype)
+                    if p.dtype != h_n.dtype:  # p is a float32 copy of the buffer, no longer needed
+                        p = buffer[: len(h_n)].copy_(p)
                     d_hidden.append(p @ w)  # (n, C)
                     if p.dtype == d_head.dtype:
                         d_head.addmm_(p.T, h_n)  # (V, C)
