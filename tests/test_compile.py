@@ -68,8 +68,6 @@ def test_every_training_step_is_compiled_whatever_is_evaluated_and_sampled_in_be
     assert compiled_steps[1:] == [(GRAPHS[layout], 4)] * 4  # 2 micro-batches, 2 blocks in each
 
 
-
-
 def test_varlen_kernel_is_compiled_for_any_number_of_examples_in_a_row(
         data, tmp_path, compiled_steps, varlen_on_cpu, monkeypatch):
     """As on a GPU: in bfloat16, with the kernel inside the graph."""

@@ -523,8 +523,6 @@ def test_dt_holds_loading_training_and_saving_but_no_evaluation(splits, tmp_path
     assert [row["tokens_per_s"] for row in rows] == [32 / row["dt"] for row in rows]
 
 
-
-
 # ----- devices and dtypes ------------------------------------------------------------------------
 
 
