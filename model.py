@@ -134,7 +134,8 @@ class GPT(nn.Module):
 
         targets (B, T) int64: the next ids, -100 where ignored. weights (B, T) float32: one per
         target; None: all 1. segments (B, T) int64: which example of its row each token belongs to,
-        counted from 0, -1 for padding; None: each row is one text.
+        counted from 0, -1 for padding; None: each row is one text. All of them may be on the CPU:
+        then a GPU never has to be waited for to learn how many targets and segments there are.
         """
         x = self.hidden(idx, segments)  # (B, T, C)
         return self.logits(x) if targets is None else self.loss_sum(x, targets, weights)
@@ -145,20 +146,25 @@ class GPT(nn.Module):
         if T > limit:
             raise UserError(f"a row of {T} tokens is longer than the model's block_size {limit}; "
                             "shorten it")
+        device = self.lm_head.weight.device
         if segments is None:
-            positions, attend = torch.arange(T, device=idx.device), causal
+            positions, attend = torch.arange(T, device=device), causal
         else:
-            positions = isolated_positions(segments)
+            positions = fast.send(isolated_positions(segments), device)
             # a faster function with the same result where there is one, else the dense mask
-            attend = fast.attention_within(segments) or functools.partial(
-                F.scaled_dot_product_attention, attn_mask=isolated_mask(segments))
-        return self._blocks(idx, positions, [attend] * self.config.n_layer)
+            head_size = self.config.n_embd // self.config.n_head
+            attend = fast.attention_within(segments, device, head_size) or functools.partial(
+                F.scaled_dot_product_attention,
+                attn_mask=isolated_mask(fast.send(segments, device)))
+        return self._blocks(fast.send(idx, device), positions, [attend] * self.config.n_layer)
 
     def _blocks(self, idx: Tensor, positions: Tensor, attends: list[Callable]) -> Tensor:
         """attends: one per layer, because in generation each layer attends to its own Cache."""
         x = self.transformer.wte(idx) + self.transformer.wpe(positions)  # (B, T, C)
         for block, attend in zip(self.transformer.h, attends):
-            x = block(x, attend)
+            # block() may be compiled, and then only for training: evaluation and generation have
+            # so many shapes that they would exhaust the number of graphs that dynamo allows
+            x = (block if torch.is_grad_enabled() else block.forward)(x, attend)
         return self.transformer.ln_f(x)
 
     def logits(self, x: Tensor) -> Tensor:
@@ -172,22 +178,30 @@ class GPT(nn.Module):
 
     # ----- the loss ------------------------------------------------------------------------------
 
-    def loss_sum(self, x: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
-        """x (B, T, C), targets and weights (B, T) -> float32 scalar, the sum of weight * nll.
+    def loss_and_hits(self, x: Tensor, targets: Tensor, weights: Tensor | None = None,
+                      ) -> tuple[Tensor, Tensor]:
+        """x (B, T, C), targets and weights (B, T) -> the sum of weight * nll, a float32 scalar, and
+        for evaluation the number of targets that are the most likely id.
 
         By definition this is
 
             counts = targets != IGNORE_INDEX  # (B, T), N of them True
-            nll = F.cross_entropy(self.logits(x[counts]), targets[counts], reduction="none")
-            return (weights[counts] * nll).sum()
+            logits, targets = self.logits(x[counts]), targets[counts]  # (N, V), (N,)
+            nll = F.cross_entropy(logits, targets, reduction="none")
+            return (weights[counts] * nll).sum(), (logits.argmax(1) == targets).sum()
 
         but nanosft/fast.py computes it in chunks and never materializes the (N, V) logits.
         """
         at = (targets.flatten() != IGNORE_INDEX).nonzero()[:, 0]  # (N,)
-        x, targets = x.flatten(0, 1).index_select(0, at), targets.flatten()[at]  # (N, C), (N,)
-        weights = torch.ones(len(at), device=x.device) if weights is None else weights.flatten()[at]
+        targets = targets.flatten()[at]
+        weights = torch.ones(len(at)) if weights is None else weights.flatten()[at]
+        at, targets, weights = (fast.send(t, x.device) for t in (at, targets, weights))
+        x = x.flatten(0, 1).index_select(0, at)  # (N, C)
         return fast.summed_cross_entropy(x, self.lm_head.weight, targets, weights,
                                          self.config.n_vocab)
+
+    def loss_sum(self, x: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
+        return self.loss_and_hits(x, targets, weights)[0]
 
     # ----- weights in and out, in Hugging Face's format ------------------------------------------
 

@@ -19,19 +19,18 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from model import GPT, IGNORE_INDEX, GPTConfig
-from nanosft import checkpoint, finite, memory, process
+from nanosft import checkpoint, fast, finite, memory, process
 from nanosft.cli import UserError, minutes, run_cli
 from nanosft.hf_tokenizer import save_model
 from nanosft.shards import Shards, read_meta
@@ -79,7 +78,7 @@ class Config:
     eval_every: int = 250
     """steps between evaluations; 0: only at the start and the end"""
     eval_tokens: int = 1_048_576
-    """evaluate on at most this many positions of the validation split"""
+    """evaluate on at most this many positions of the validation split, at even distances"""
     save_every: int = 1000
     """steps between checkpoints; 0: only at the end"""
     keep: int = 0
@@ -90,6 +89,8 @@ class Config:
     """also log to this project of Weights & Biases (pip install wandb)"""
     device: str = "auto"
     """auto, cuda, mps or cpu"""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """of matrix products; weights stay float32. auto: bfloat16 on GPUs that have it"""
     dist_timeout: float = 10
     """minutes that a rank waits for the others; must be longer than saving a checkpoint"""
     compile: bool = False
@@ -106,6 +107,7 @@ class Ranks:
     rank: int
     world_size: int
     device: torch.device
+    dtype: str = "float32"  # of matrix products
     stop: process.Stop = dataclasses.field(default_factory=process.Stop)
 
     @property
@@ -124,9 +126,8 @@ class Ranks:
         return [item for turn in turns for item in turn if item is not None]
 
     def autocast(self) -> contextlib.AbstractContextManager:
-        if self.device.type == "cuda":
-            return torch.autocast("cuda", dtype=torch.bfloat16)
-        return contextlib.nullcontext()
+        """Matrix products in bfloat16, if that is the dtype; weights and sums stay float32."""
+        return torch.autocast(self.device.type, torch.bfloat16, self.dtype == "bfloat16")
 
     def print(self, *args) -> None:
         if self.is_main:
@@ -140,7 +141,8 @@ class Ranks:
             dist.destroy_process_group()
 
 
-def setup_distributed(device: str = "auto", dist_timeout: float = 10) -> Ranks:
+def setup_distributed(device: str = "auto", dist_timeout: float = 10, dtype: str = "auto",
+                      ) -> Ranks:
     """Read torchrun's environment; start NCCL on GPUs, Gloo on a CPU. One process needs neither."""
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if device == "auto":
@@ -158,29 +160,24 @@ def setup_distributed(device: str = "auto", dist_timeout: float = 10) -> Ranks:
         torch.cuda.set_device(torch_device)
         torch.set_float32_matmul_precision("high")
     if world_size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if torch_device.type == "cuda" else "gloo",
-                                timeout=minutes("dist_timeout", dist_timeout))
-    return Ranks(rank, world_size, torch_device)
+        is_cuda = torch_device.type == "cuda"
+        dist.init_process_group("nccl" if is_cuda else "gloo", timeout=minutes("dist_timeout",
+                                dist_timeout), device_id=torch_device if is_cuda else None)
+    return Ranks(rank, world_size, torch_device, fast.choose_dtype(dtype, torch_device))
 
 
 # ----- rows, and each rank's share of them -------------------------------------------------------
 
 
 class MicroBatch(NamedTuple):
-    """The rows of one forward pass on one rank."""
+    """The rows of one forward pass on one rank. They are on the CPU, where counting needs no wait
+    for a GPU; the model takes to its device what it needs there."""
 
     x: Tensor  # (B, T) int64
     y: Tensor  # (B, T) int64, -100 where ignored
     weights: Tensor | None = None  # (B, T) float32; None: all 1
     segments: Tensor | None = None  # (B, T) int64; None: each row is one text
     n_tokens: int = 0  # non-padding positions of x
-
-    def to(self, device: torch.device) -> "MicroBatch":
-        def move(t):
-            pinned = t.pin_memory() if device.type == "cuda" else t
-            return pinned.to(device, non_blocking=True)
-
-        return MicroBatch(*(move(t) if isinstance(t, Tensor) else t for t in self))
 
     def weight_percent(self) -> int:
         """Sum of the target weights in integer percent: the same in any order of summation."""
@@ -256,9 +253,10 @@ def load_steps(rows: Dataset, config: Config, ranks: Ranks, done: int,
 
 
 def eval_batches(val: Dataset, config: Config, ranks: Ranks) -> Iterator[MicroBatch]:
-    """This rank's share of the first --eval_tokens of the validation split."""
+    """This rank's share of --eval_tokens of the validation split, in rows at even distances: the
+    first ones would be the shortest in `bucket`."""
     n = min(len(val), max(1, config.eval_tokens // config.block_size))
-    mine = range(ranks.rank, n, ranks.world_size)
+    mine = [(2 * i + 1) * len(val) // (2 * n) for i in range(ranks.rank, n, ranks.world_size)]
     for at in range(0, len(mine), config.batch_size):
         yield MicroBatch(**val.collate([val[i] for i in mine[at : at + config.batch_size]]))
 
@@ -302,33 +300,35 @@ def count_step(micro_batches: list[MicroBatch], ranks: Ranks) -> Tensor:
     for batch in micro_batches:
         trained = int((batch.y != IGNORE_INDEX).sum())
         counts += torch.tensor([batch.weight_percent(), batch.n_tokens, trained, 0])
-    return ranks.sum(counts.to(ranks.device))
+    return ranks.sum(fast.send(counts, ranks.device))
 
 
 def train_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer,
                micro_batches: list[MicroBatch], lr: float, grad_clip: float, ranks: Ranks,
-               forward: Callable = forward_text) -> dict[str, float]:
+               forward: Callable = forward_text,
+               meanwhile: Callable = lambda: None) -> dict[str, float]:
     """One optimizer step; its loss and gradient are the mean over the trained tokens of all ranks.
 
     The mean is over the whole step, so its divisor must be known before the first backward pass:
     dividing each micro-batch by its own count would give tokens of short answers more weight.
+    meanwhile() is called while the device works.
     """
     counts = count_step(micro_batches, ranks)
     total_weight = torch.where(counts[0] > 0, counts[0] / 100, 1.0)
 
     loss = torch.zeros((), device=ranks.device)
     for i, batch in enumerate(micro_batches):
-        x, y, weights, segments, _ = batch.to(ranks.device)
         last = i == len(micro_batches) - 1  # DDP all-reduces gradients only on this one
         with contextlib.nullcontext() if last or ranks.world_size == 1 else model.no_sync():
             with ranks.autocast():
-                loss_sum, _ = forward(model, x, y, weights, segments)
+                loss_sum, _ = forward(model, batch.x, batch.y, batch.weights, batch.segments)
             # DDP averages gradients over the ranks; world_size turns the mean into a sum
             (loss_sum * ranks.world_size / total_weight).backward()
         loss += loss_sum.detach()
     loss = ranks.sum(loss) / total_weight
 
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+    meanwhile()
     _, tokens, trained, ranks.stop.agreed = counts.tolist()
     loss, norm = torch.stack([loss, norm]).tolist()  # the step's only wait for the device
     for group in optimizer.param_groups:
@@ -343,18 +343,15 @@ def train_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer,
 def evaluate(model: GPT, batches: Iterable[MicroBatch], ranks: Ranks) -> dict[str, float]:
     """val_loss in nats and val_accuracy per trained token, over the batches of all ranks."""
     dtype = torch.float32 if ranks.device.type == "mps" else torch.float64  # mps has no float64
-    sums = torch.zeros(4, dtype=dtype, device=ranks.device)  # loss, weight, hits, targets
-    for batch in batches:
-        x, y, weights, segments, _ = batch.to(ranks.device)
+    sums = torch.zeros(4, dtype=dtype, device=ranks.device)  # loss, hits, weight, targets
+    for x, y, weights, segments, _ in batches:
         counts = y != IGNORE_INDEX  # (B, T)
+        weight = counts.sum() if weights is None else weights[counts].sum()
         with ranks.autocast():
-            logits = model(x, segments=segments)  # (B, T, V)
-        logits, y = logits[counts].float(), y[counts]  # (N, V), (N,)
-        weights = torch.ones(len(y), device=ranks.device) if weights is None else weights[counts]
-        nll = F.cross_entropy(logits, y, reduction="none")  # (N,)
-        hits = (logits.argmax(1) == y).sum()
-        sums += torch.stack([(nll * weights).sum(), weights.sum(), hits, counts.sum()])
-    loss, weight, hits, targets = ranks.sum(sums).tolist()
+            found = model.loss_and_hits(model.hidden(x, segments), y, weights)
+        counted = fast.send(torch.stack([weight, counts.sum()]), ranks.device)
+        sums += torch.cat([torch.stack(found), counted])
+    loss, hits, weight, targets = ranks.sum(sums).tolist()
     return {"val_loss": loss / max(weight, 1e-9), "val_accuracy": hits / max(targets, 1)}
 
 
@@ -428,8 +425,8 @@ def wrap(model: GPT, config: Config, ranks: Ranks) -> torch.nn.Module:
             block.compile()
     if ranks.world_size == 1:
         return model
-    devices = [ranks.device] if ranks.device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+    # without device_ids, DDP leaves the micro-batch on the CPU
+    return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 
 # ----- the loop ----------------------------------------------------------------------------------
@@ -443,7 +440,7 @@ def train(config: Config, open_rows: Callable, forward: Callable, judge: Callabl
     judge(model, meta, val, config, ranks) -> metrics to add to an evaluation
     """
     # --- 1. ranks and rows ---
-    ranks = setup_distributed(config.device, config.dist_timeout)
+    ranks = setup_distributed(config.device, config.dist_timeout, config.dtype)
     checkpoint.check_flags(config, ranks.world_size)
     rows, val = open_rows(config, "train"), open_rows(config, "val")
     n_steps = config.max_steps or config.epochs * steps_per_epoch(rows, config)
@@ -460,7 +457,7 @@ def train(config: Config, open_rows: Callable, forward: Callable, judge: Callabl
     ranks.print(f"data   {config.data}: {rows.describe()}")
     ranks.print(f"plan   {n_steps} steps of {config.rows_per_step} rows of {config.block_size} "
                 f"tokens; {steps_per_epoch(rows, config)} steps per epoch; {ranks.world_size} "
-                f"rank(s) on {ranks.device.type}")
+                f"rank(s) on {ranks.device.type} in {ranks.dtype}")
     if done >= n_steps:
         ranks.print(f"{config.out} is finished: step {done} of {n_steps}")
         return ranks.finish()
@@ -475,13 +472,13 @@ def train(config: Config, open_rows: Callable, forward: Callable, judge: Callabl
     log = checkpoint.Metrics(config, run, done, n_steps) if ranks.is_main else None
     # a checkpoint's tokenizer; chat.py reads these two in its config.json
     names = {key: rows.meta[key] for key in ("encoding", "template") if key in rows.meta}
-    micro_batches = load_steps(rows, config, ranks, done)
+    micro_batches = fast.Ahead(load_steps(rows, config, ranks, done), n_steps - done)
     clock = time.perf_counter()
     for step in tqdm(range(done + 1, n_steps + 1), initial=done, total=n_steps, unit="step",
                      leave=False, disable=None if ranks.is_main else True):  # None: TTY only
-        lr = get_lr(step - 1, n_steps, config)
-        metrics, batches = {"step": step}, next(micro_batches)
-        metrics |= train_step(model, optimizer, batches, lr, config.grad_clip, ranks, forward)
+        batches, lr = next(micro_batches), get_lr(step - 1, n_steps, config)
+        metrics = {"step": step} | train_step(model, optimizer, batches, lr, config.grad_clip,
+                                              ranks, forward, meanwhile=micro_batches.fetch)
         metrics["dt"] = time.perf_counter() - clock
         metrics["tokens_per_s"] = metrics["tokens"] / metrics["dt"]
         if not math.isfinite(metrics["loss"] + metrics["grad_norm"]):

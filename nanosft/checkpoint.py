@@ -131,7 +131,7 @@ def model_card(run: dict, meta: dict, row: dict) -> str:
 # --max_steps, only the resulting number of steps matters.
 MAY_CHANGE = {"data", "out", "resume", "epochs", "max_steps", "max_minutes", "batch_size",
               "eval_every", "eval_tokens", "eval_prompts", "save_every", "keep", "log_every",
-              "wandb", "device", "dist_timeout", "compile"}
+              "wandb", "device", "dtype", "dist_timeout", "compile"}
 
 
 def describe_run(config, meta: dict, n_steps: int) -> dict:

@@ -1,38 +1,89 @@
-"""The same results, faster: attention within segments and the summed loss.
+"""The same results, faster: attention within segments, the summed loss, and rows fetched ahead.
 
-Both have a plain definition of a few lines in model.py, and tests that they are equal to it.
+The first two have a plain definition of a few lines in model.py, and tests of equality to it.
 """
 
 import functools
+import itertools
 import math
+import os
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nanosft.cli import require_choice
+
 CHUNK_BYTES = {"cpu": 50 << 20, "cuda": 1 << 30}  # of logits held at once in the loss; LOG.md
 LOOP_FROM = 4096  # mean segment length * T from which a loop over segments beats a mask; LOG.md
+
+
+class Ahead:
+    """The first n items of an iterator; `fetch` prepares the next one while the device works."""
+
+    def __init__(self, items: Iterator, n: int):
+        self.items, self.fetched = itertools.islice(items, n), []
+
+    def fetch(self) -> None:
+        self.fetched = self.fetched or list(itertools.islice(self.items, 1))
+
+    def __next__(self):
+        self.fetch()
+        return self.fetched.pop()
+
+
+def choose_dtype(name: str, device: torch.device) -> str:
+    """--dtype auto is bfloat16 on a GPU that has it, and float32 elsewhere."""
+    require_choice("dtype", name, ("auto", "float32", "bfloat16"))
+    has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return name if name != "auto" else "bfloat16" if has_bfloat16 else "float32"
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """To the device without waiting for it: a copy from pinned memory only joins its queue."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 # ----- attention: q, k, v (B, n_head, T, hs) -> (B, n_head, T, hs) -------------------------------
 
 
-def attention_within(segments: Tensor):
+def attention_within(segments: Tensor, device: torch.device, head_size: int):
     """Equal to scaled_dot_product_attention(q, k, v, attn_mask=isolated_mask(segments)).
 
-    segments (B, T); None if nothing here beats the dense mask, as for many short segments.
+    segments (B, T), on the device of q, k and v or better on the CPU; None if nothing here beats
+    the dense mask, as for many short segments.
     """
     B, T = segments.shape
     starts = torch.ones_like(segments, dtype=torch.bool)
     starts[:, 1:] = segments[:, 1:] != segments[:, :-1]
-    if segments.is_cuda and torch.is_autocast_enabled("cuda"):
-        return Varlen(starts)
-    if segments.device.type == "cpu":
+    if device.type == "cuda" and has_varlen(device, head_size, torch.is_autocast_enabled("cuda")):
+        return Varlen(starts, device)
+    if device.type == "cpu":
         begins = starts.flatten().nonzero().flatten()
         lengths = torch.diff(begins, append=torch.tensor([B * T])).tolist()
         if len(lengths) * LOOP_FROM <= B * T * T:
             return Looped(lengths)
     return None
+
+
+@functools.cache
+def has_varlen(device: torch.device, head_size: int, is_half: bool) -> bool:
+    """Does PyTorch's varlen kernel run on this GPU? If not, say so, once."""
+    major, minor = torch.cuda.get_device_capability(device)
+    reasons = {
+        f"a GPU of compute capability 8.0, but this one has {major}.{minor}": major < 8,
+        f"a head size of 8, 16, … 256, but n_embd / n_head is {head_size}":
+            head_size % 8 or head_size > 256,
+        "--dtype bfloat16": not is_half,
+    }
+    for need in (need for need, is_missing in reasons.items() if is_missing):
+        if os.environ.get("RANK", "0") == "0":
+            print(f"attention within examples uses a dense mask: the varlen kernel needs {need}")
+        return False
+    return True
 
 
 class Looped:
@@ -58,9 +109,10 @@ class Varlen:
     starts (B, T): True at the first token of each segment.
     """
 
-    def __init__(self, starts: Tensor):
-        end = torch.tensor([starts.numel()], device=starts.device)
-        self.offsets = torch.cat([starts.flatten().nonzero().flatten(), end]).int()
+    def __init__(self, starts: Tensor, device: torch.device):
+        offsets = starts.flatten().nonzero().flatten()
+        offsets = torch.cat([offsets, offsets.new_tensor([starts.numel()])])  # (segments + 1,)
+        self.offsets = send(offsets.int(), device)
         self.longest = starts.size(1)  # an upper bound is enough
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -78,11 +130,15 @@ class Varlen:
 
 
 def summed_cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor,
-                         n_vocab: int) -> Tensor:
-    """Equal to (weights * F.cross_entropy(logits, targets, reduction="none")).sum(), where
-    logits = hidden @ head.T with the columns from n_vocab on set to -inf.
+                         n_vocab: int) -> tuple[Tensor, Tensor]:
+    """(loss_sum, hits), float32 and int64 scalars. By definition
 
-    hidden (N, C), head (V, C), targets (N,) int64, weights (N,) -> float32 scalar
+        logits = hidden @ head.T  # (N, V), the columns from n_vocab on set to -inf
+        loss_sum = (weights * F.cross_entropy(logits, targets, reduction="none")).sum()
+        hits = (logits.argmax(1) == targets).sum()
+
+    hidden (N, C), head (V, C), targets (N,) int64, weights (N,). The hits are counted only where
+    gradients are off: training does not need them.
     """
     needs_grad = torch.is_grad_enabled()
     return SummedCrossEntropy.apply(hidden, head, targets, weights, n_vocab, needs_grad)
@@ -104,12 +160,15 @@ class SummedCrossEntropy(torch.autograd.Function):
             rows = max(1, CHUNK_BYTES.get(device, CHUNK_BYTES["cuda"]) // (4 * len(head)))
             chunks = zip(h.split(rows), targets[:, None].split(rows), weights[:, None].split(rows))
             loss_sum = torch.zeros((), device=hidden.device)
+            hits = torch.zeros((), dtype=torch.long, device=hidden.device)
             # needs_grad is an argument because grad mode is always off inside forward
             d_hidden, d_head = [], torch.zeros_like(head) if needs_grad else None
             buffer = h.new_empty(min(rows, len(h)), len(head))  # the logits of one chunk
             for h_n, target, weight in chunks:
                 logits = torch.mm(h_n, w.T, out=buffer[: len(h_n)]).float()  # (n, V)
                 logits[:, n_vocab:] = -math.inf
+                if not needs_grad:
+                    hits += (logits.argmax(1, keepdim=True) == target).sum()
                 top, picked = logits.amax(1, keepdim=True), logits.gather(1, target)  # (n, 1)
                 p = logits.sub_(top).exp_()
                 total = p.sum(1, keepdim=True)  # (n, 1)
@@ -117,7 +176,8 @@ class SummedCrossEntropy(torch.autograd.Function):
                 if needs_grad:
                     p.mul_(weight / total)  # the softmax, weighted
                     p.scatter_add_(1, target, -weight)  # d loss / d logits
-                    p = p.to(h_n.dtype)
+                    if p.dtype != h_n.dtype:  # p is a float32 copy of the buffer, no longer needed
+                        p = buffer[: len(h_n)].copy_(p)
                     d_hidden.append(p @ w)  # (n, C)
                     if p.dtype == d_head.dtype:
                         d_head.addmm_(p.T, h_n)  # (V, C)
@@ -126,10 +186,14 @@ class SummedCrossEntropy(torch.autograd.Function):
             if needs_grad:
                 d_hidden = torch.cat(d_hidden) if d_hidden else torch.zeros_like(h)
                 ctx.grads = d_hidden.to(hidden.dtype), d_head
-        return loss_sum
+        ctx.mark_non_differentiable(hits)
+        return loss_sum, hits
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, grad, _):
+        if ctx.grads is None:
+            raise RuntimeError("the loss was already backpropagated once, which used up its "
+                               "gradients; compute it again")
         d_hidden, d_head = ctx.grads
         ctx.grads = None  # scaled in place, so they can be used only once
         return d_hidden.mul_(grad), d_head.mul_(grad), None, None, None, None

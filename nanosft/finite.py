@@ -26,9 +26,8 @@ def require_finite_state(where: str, model, optimizer: torch.optim.Optimizer) ->
 @torch.no_grad()
 def loss_of(batch, model, forward: Callable, ranks) -> float:
     """The loss sum of a MicroBatch on this rank."""
-    x, y, weights, segments, _ = batch.to(ranks.device)
     with ranks.autocast():
-        return forward(model, x, y, weights, segments)[0].item()
+        return forward(model, *batch[:4])[0].item()
 
 
 def require_usable(step: int, batch, model, forward: Callable, ranks) -> None:
@@ -46,7 +45,8 @@ def bad_step(metrics: dict, batches: list, rows, config, model, forward: Callabl
     It names up to three examples (in pretraining: rows) whose loss is not finite even on their own.
     """
     per_epoch = math.ceil(len(rows) / config.rows_per_step)
-    first = (metrics["step"] - 1) % per_epoch * config.rows_per_step  # row of the epoch
+    rows.epoch, step = divmod(metrics["step"] - 1, per_epoch)  # the next step's rows are fetched
+    first = step * config.rows_per_step  # row of the epoch
     decode, found = get_encoding(rows.meta["encoding"]).decode, []
     for m, batch in enumerate(batches):
         if math.isfinite(loss_of(batch, model, forward, ranks)):

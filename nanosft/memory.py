@@ -49,16 +49,17 @@ def require_training(sizes, config, ranks) -> str:
     """What a rank needs at its peak, as a line to print. UserError if it has less.
 
     Weights, gradients and AdamW's two moments take 16 bytes a parameter. A layer keeps about 17 * C
-    values per token for the backward pass (in bfloat16 on a GPU); the loss holds a chunk of
-    logits and its softmax; an evaluation holds all logits of a micro-batch, about three times.
+    values per token for the backward pass (2 bytes each in bfloat16); the loss holds a chunk of
+    logits and its softmax, and so does evaluation.
     """
     V, L, C = sizes.vocab_size, sizes.n_layer, sizes.n_embd
-    at_once, on_gpu = config.batch_size * config.block_size, ranks.device.type == "cuda"
+    at_once = config.batch_size * config.block_size
+    size = 2 if ranks.dtype == "bfloat16" else 4
     what = (f"--batch_size {config.batch_size} of --block_size {config.block_size} with n_layer "
             f"{L}, n_embd {C}")
     chunk = CHUNK_BYTES.get(ranks.device.type, CHUNK_BYTES["cuda"])
-    activations = at_once * L * 17 * C * (2 if on_gpu else 4) + 2 * min(chunk, 4 * at_once * V)
-    need = 16 * require_weights(sizes) + max(activations, 12 * at_once * V)
+    activations = at_once * L * 17 * C * size + 2 * min(chunk, 4 * at_once * V)
+    need = 16 * require_weights(sizes) + activations
     rows = 32 * config.block_size * config.rows_per_step / ranks.world_size
     require_memory(rows, f"--rows_per_step {config.rows_per_step}")
     return f"about {require_memory(need, what, ranks.device)} ({ranks.device.type})"

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import hypothesis
 import pytest
 import tiktoken
+import torch
 
 import sft_data
 import tokenizer
@@ -100,3 +101,42 @@ def sft_shards(tmp_path, jsonl, command):
         return out
 
     return prepare
+
+
+@pytest.fixture(scope="session")
+def varlen_on_cpu():
+    """Gives torch.nn.attention.varlen's operation, which runs on CUDA only, a CPU kernel.
+
+    As documented: q, k, v (N, n_head, hs), 16-bit; text i is their rows cu_seq[i] to cu_seq[i + 1];
+    a window of (-1, 0) is causal, (-1, -1) is not. Its fake kernels, which torch.compile uses, and
+    its autograd formula are PyTorch's own.
+    """
+    from torch.nn.attention import varlen
+
+    def softmax(q, k, cu_q, cu_k, max_q, max_k, window):  # (n_head, N, N)
+        assert cu_q.dtype == torch.int32 and torch.equal(cu_q, cu_k)
+        assert (cu_q[0], cu_q[-1]) == (0, len(q)) and max_q == max_k >= cu_q.diff().max()
+        assert q.size(2) % 8 == 0
+        text = torch.bucketize(torch.arange(len(q)), cu_q[1:], right=True)
+        seen = text[:, None] == text
+        seen = seen.tril() if list(window) == [-1, 0] else seen
+        scores = torch.einsum("ihd,jhd->hij", q, k) / q.size(2) ** 0.5
+        return scores.masked_fill(~seen, -torch.inf).softmax(-1)
+
+    def forward(q, k, v, cu_q, cu_k, max_q, max_k, is_causal, scale, window, *rest):
+        dtype, (q, k, v) = q.dtype, (t.float() for t in (q, k, v))
+        p = softmax(q, k, cu_q, cu_k, max_q, max_k, window)
+        y = torch.einsum("hij,jhd->ihd", p, v).to(dtype).contiguous()
+        return y, torch.zeros(q.size(1), len(q)), torch.zeros(2, dtype=torch.uint64)
+
+    def backward(dy, q, k, v, y, lse, cu_q, cu_k, max_q, max_k, is_causal, rng, scale, window):
+        dtype, (dy, q, k, v) = q.dtype, (t.float() for t in (dy, q, k, v))
+        p = softmax(q, k, cu_q, cu_k, max_q, max_k, window)
+        dp = torch.einsum("ihd,jhd->hij", dy, v)
+        ds = p * (dp - (dp * p).sum(-1, keepdim=True)) / q.size(2) ** 0.5
+        grads = (torch.einsum("hij,jhd->ihd", ds, k), torch.einsum("hij,ihd->jhd", ds, q),
+                 torch.einsum("hij,ihd->jhd", p, dy))
+        return tuple(grad.to(dtype).contiguous() for grad in grads)
+
+    varlen._varlen_attn.register_kernel("cpu", forward)
+    varlen._varlen_attn_backward.register_kernel("cpu", backward)

@@ -1,16 +1,20 @@
 """nanosft/fast.py equals its plain definitions: attention within segments and the summed loss."""
 
+import contextlib
 import functools
-import itertools
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers_training import gradients, plain_loss_sum, tiny_model
+from helpers_training import ALONE, each_precision, gradients, plain_loss_sum, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import isolated_mask
 from nanosft import fast
+from train_gpt2 import MicroBatch, evaluate, forward_text
+from train_sft import forward_sft
+
+CPU = torch.device("cpu")
 
 # ----- attention within segments -----------------------------------------------------------------
 
@@ -22,61 +26,96 @@ SEGMENTS = {
 }
 
 
-def output_and_gradients(attend):
+def output_and_gradients(attend, dtype):
     """y and the gradients of q, k and v, each (2, n_head, 8, hs), for random inputs."""
     random = torch.Generator().manual_seed(0)
-    q, k, v, upstream = torch.randn(4, 2, 3, 8, 4, generator=random)
+    q, k, v, upstream = torch.randn(4, 2, 3, 8, 8, generator=random).to(dtype)
     inputs = [t.clone().requires_grad_() for t in (q, k, v)]
     y = attend(*inputs)
     return [y, *torch.autograd.grad((y * upstream).sum(), inputs)]
 
 
-def assert_equals_dense_mask(attend, segments):
+def assert_equals_dense_mask(attend, segments, precision):
     plain = functools.partial(F.scaled_dot_product_attention, attn_mask=isolated_mask(segments))
-    for found, want in zip(output_and_gradients(attend), output_and_gradients(plain)):
-        torch.testing.assert_close(found, want, atol=1e-6, rtol=1e-5)
+    found, want = (output_and_gradients(each, getattr(torch, precision.dtype))
+                   for each in (attend, plain))
+    for a, b in zip(found, want):
+        precision.assert_close(a, b, atol=1e-6, rtol=1e-5)
 
 
+@each_precision
 @pytest.mark.parametrize("name", SEGMENTS)
-def test_loop_over_segments_equals_the_dense_mask(name, monkeypatch):
+def test_loop_over_segments_equals_the_dense_mask(name, precision, monkeypatch):
     monkeypatch.setattr(fast, "LOOP_FROM", 0)
     segments = torch.tensor(SEGMENTS[name])
-    attend = fast.attention_within(segments)
+    attend = fast.attention_within(segments, CPU, 16)
     assert isinstance(attend, fast.Looped)
-    assert_equals_dense_mask(attend, segments)
+    assert_equals_dense_mask(attend, segments, precision)
 
 
-def varlen_attn_as_documented(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size):
-    """Stands in for torch.nn.attention.varlen's kernel, which runs on CUDA only.
-
-    q, k, v (B * T, n_head, hs); text i is their rows cu_seq[i] to cu_seq[i + 1]. A window of
-    (-1, 0) is causal, (-1, -1) is not.
-    """
-    assert cu_seq_q.dtype == torch.int32 and torch.equal(cu_seq_q, cu_seq_k)
-    assert max_q == max_k >= cu_seq_q.diff().max()
-    texts = []
-    for start, stop in itertools.pairwise(cu_seq_q.tolist()):
-        qkv = (t[start:stop].transpose(0, 1) for t in (q, k, v))  # (n_head, length, hs) each
-        y = F.scaled_dot_product_attention(*qkv, is_causal=window_size == (-1, 0))
-        texts.append(y.transpose(0, 1))
-    return torch.cat(texts)
-
-
-def test_varlen_kernel_gets_the_segments_of_the_dense_mask(monkeypatch):
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn_as_documented)
-    starts = torch.tensor([[1, 0, 0, 1, 0, 0, 0, 1], [1, 0, 0, 0, 0, 1, 0, 0]]).bool()
-    attend = fast.Varlen(starts)
+@each_precision
+@pytest.mark.parametrize("compiled", [False, True])
+def test_varlen_kernel_equals_the_dense_mask(compiled, precision, varlen_on_cpu):
+    segments = torch.tensor(SEGMENTS["several examples a row"])
+    attend = fast.Varlen(starts_of(segments), CPU)
     assert attend.offsets.tolist() == [0, 3, 7, 8, 13, 16]  # row 1 begins at token 8 of 16
-    assert_equals_dense_mask(attend, torch.tensor(SEGMENTS["several examples a row"]))
+    if compiled:
+        attend = torch.compile(attend.__call__, backend="aot_eager", fullgraph=True)
+    assert_equals_dense_mask(attend, segments, precision)
+
+
+def starts_of(segments):
+    return torch.cat([segments[:, :1] >= -1, segments[:, 1:] != segments[:, :-1]], dim=1)
+
+
+CUDA = torch.device("cuda")
+
+
+@pytest.mark.parametrize("capability, head_size, is_half, need", [
+    ((8, 0), 64, True, None),
+    ((9, 0), 8, True, None),
+    ((7, 5), 64, True, "a GPU of compute capability 8.0, but this one has 7.5"),  # a T4
+    ((8, 0), 20, True, "a head size of 8, 16, … 256, but n_embd / n_head is 20"),
+    ((8, 0), 320, True, "a head size of 8, 16, … 256, but n_embd / n_head is 320"),
+    ((7, 5), 64, False, "a GPU of compute capability 8.0, but this one has 7.5"),
+    ((8, 0), 64, False, "--dtype bfloat16"),
+])
+def test_dense_mask_takes_over_where_the_varlen_kernel_does_not_run_and_says_so_once(
+        capability, head_size, is_half, need, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: is_half)
+    monkeypatch.setattr(fast, "Varlen", lambda starts, device: "varlen")
+    fast.has_varlen.cache_clear()
+    found = [fast.attention_within(torch.tensor([[0, 0, 1, 1]]), CUDA, head_size) for _ in "ab"]
+    fast.has_varlen.cache_clear()
+    assert found == ([None] * 2 if need else ["varlen"] * 2)
+    line = f"attention within examples uses a dense mask: the varlen kernel needs {need}\n"
+    assert capsys.readouterr().out == (line if need else "")
+
+
+def test_forward_and_backward_never_wait_for_the_device(monkeypatch):
+    """On the meta device tensors have no values, so whatever asks for one, or for the number of
+    targets or segments, raises."""
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
+    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext())
+    model, (x, y, weights, segments) = tiny_model().to("meta"), a_batch("some targets")
+    with pytest.raises(NotImplementedError, match="nonzero"):
+        model(x, y.to("meta"))
+    for forward, batch in ((forward_text, (x, y)), (forward_sft, (x, y, weights, segments))):
+        loss, weight = forward(model, *batch)
+        loss.backward()
+        assert loss.is_meta and weight > 0
+    assert all(p.grad.is_meta for p in model.parameters())
 
 
 def test_loop_is_for_long_segments_and_the_dense_mask_for_short_ones(monkeypatch):
     """LOOP_FROM is compared with the mean segment length times T, here 8."""
     monkeypatch.setattr(fast, "LOOP_FROM", 32)
     long, short = [0, 0, 0, 0, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1, 2, 2]
-    assert fast.attention_within(torch.tensor([long])).lengths == [4, 4]  # 4 * 8 = 32
-    assert fast.attention_within(torch.tensor([short])) is None  # 8/3 * 8 = 21
-    assert fast.attention_within(torch.tensor([[0] * 8, short])).lengths == [8, 3, 3, 2]  # 4 * 8
+    assert fast.attention_within(torch.tensor([long]), CPU, 16).lengths == [4, 4]  # 4 * 8 = 32
+    assert fast.attention_within(torch.tensor([short]), CPU, 16) is None  # 8/3 * 8 = 21
+    both = torch.tensor([[0] * 8, short])
+    assert fast.attention_within(both, CPU, 16).lengths == [8, 3, 3, 2]  # 4 * 8 = 32
 
 
 # ----- the loss, in chunks -----------------------------------------------------------------------
@@ -110,28 +149,33 @@ def set_chunk_rows(monkeypatch, rows: int) -> None:
     monkeypatch.setitem(fast.CHUNK_BYTES, "cpu", rows * ROW)
 
 
+@each_precision
 @pytest.mark.parametrize("rows", [1, 7, 1000])  # 64 chunks of one row, 10 chunks, one chunk
 @pytest.mark.parametrize("counting", COUNTING)
-def test_chunked_loss_and_gradients_equal_those_of_full_logits(monkeypatch, counting, rows):
+def test_chunked_loss_and_gradients_equal_those_of_full_logits(
+        monkeypatch, counting, rows, precision):
     set_chunk_rows(monkeypatch, rows)
     model, batch = tiny_model(), a_batch(counting)
-    want_loss = plain_loss_sum(model, *batch)
+    with precision.autocast():
+        want_loss = plain_loss_sum(model, *batch)
     (want_loss / 10).backward()
     want = gradients(model)
     model.zero_grad()
-    loss = model(*batch)
+    with precision.autocast():
+        loss = model(*batch)
     (loss / 10).backward()
     assert loss.dtype == torch.float32 and loss.shape == ()
-    torch.testing.assert_close(loss, want_loss, atol=1e-5, rtol=1e-6)
+    torch.testing.assert_close(loss, want_loss, atol=1e-5, rtol=1e-6)  # of the same logits
     for found, expected in zip(gradients(model), want):
-        torch.testing.assert_close(found, expected, atol=2e-6, rtol=1e-5)
+        assert found.dtype == torch.float32
+        precision.assert_close(found, expected, atol=2e-6, rtol=1e-5)
         assert counting != "none" or not found.any()  # zero, but never missing
 
 
 def test_large_logits_do_not_overflow():
     hidden = torch.tensor([[100.0]], requires_grad=True)
     head = torch.tensor([[3.0], [1.0]], requires_grad=True)
-    loss = fast.summed_cross_entropy(hidden, head, torch.tensor([1]), torch.ones(1), 2)
+    loss, _ = fast.summed_cross_entropy(hidden, head, torch.tensor([1]), torch.ones(1), 2)
     loss.backward()
     assert loss.item() == pytest.approx(200)  # the target's logit 100 trails the other one's 300
     assert head.grad.flatten().tolist() == pytest.approx([100, -100])
@@ -164,6 +208,19 @@ def test_loss_never_holds_the_logits_of_all_tokens(monkeypatch):
     assert max(plain.logits) == 64 * 320  # so the watch does see full logits
 
 
+def test_evaluation_holds_no_more_logits_than_training_and_finds_the_same_in_chunks(monkeypatch):
+    model, batch = tiny_model(n_embd=2, n_head=1), MicroBatch(*a_batch("some targets"))
+    with Watch() as whole:
+        want = evaluate(model, [batch], ALONE)
+    set_chunk_rows(monkeypatch, 4)
+    with Watch() as chunked:
+        found = evaluate(model, [batch], ALONE)
+    n_targets = int((batch.y != -100).sum())
+    assert (max(whole.logits), max(chunked.logits)) == (n_targets * 320, 4 * 320)
+    assert found["val_loss"] == pytest.approx(want["val_loss"], rel=1e-6)
+    assert found["val_accuracy"] == want["val_accuracy"] > 0
+
+
 def test_without_gradients_the_loss_is_the_same_for_a_third_of_the_matrix_products():
     model, (_, y, weights, _) = tiny_model(), a_batch("some targets")
     hidden = torch.randn(4, 16, 32, generator=torch.Generator().manual_seed(0))
@@ -181,7 +238,7 @@ def test_without_gradients_the_loss_is_the_same_for_a_third_of_the_matrix_produc
 def test_second_backward_raises_instead_of_scaling_twice():
     loss = tiny_model()(*a_batch("one target"))
     loss.backward(retain_graph=True)
-    with pytest.raises((RuntimeError, TypeError)):
+    with pytest.raises(RuntimeError, match="already backpropagated once"):
         loss.backward()
 
 

@@ -101,6 +101,13 @@ def test_bad_step_names_the_step_and_the_example_and_the_run_can_go_on(
     assert metrics(tmp_path / "out") == metrics(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_bad_example_is_named_in_the_last_step_of_an_epoch_too(seed, data, tmp_path, poisoned):
+    """When the rows of the next epoch, in another order, are already loaded."""
+    with pytest.raises(UserError, match="not finite: example 5 "):
+        fine_tune(data["sft"], tmp_path, epochs=2, seed=seed, rows_per_step=12, layout="pad")
+
+
 @pytest.mark.parametrize("bad_step, last", [(3, "step_000002"), (4, "step_000003"), (1, None)])
 def test_weights_that_give_no_finite_loss_never_become_a_checkpoint(
         bad_step, last, data, tmp_path, monkeypatch):

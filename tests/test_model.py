@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from helpers_training import gradients, tiny_model
+from helpers_training import each_precision, gradients, tiny_model
 
 from model import GPT, GPTConfig, isolated_mask, isolated_positions
 from nanosft import fast
@@ -65,7 +65,8 @@ def test_row_longer_than_the_block_size_is_refused():
 def each_attention(request, monkeypatch):
     """Both ways to attend within segments on a CPU: nanosft/fast.py's loop and the dense mask."""
     monkeypatch.setattr(fast, "LOOP_FROM", 0 if request.param == "loop" else 10**9)
-    assert (fast.attention_within(SEGMENTS) is None) == (request.param == "mask")
+    attend = fast.attention_within(SEGMENTS, torch.device("cpu"), head_size=16)
+    assert (attend is None) == (request.param == "mask")
 
 
 @pytest.mark.parametrize("segments", [None, SEGMENTS])
@@ -95,31 +96,37 @@ def test_positions_and_mask_of_two_examples_and_padding_by_hand():
                                      [0, 0, 0, 0, 0, 1]]]]  # padding sees itself: no empty softmax
 
 
-def test_packed_example_has_the_logits_that_it_has_alone(each_attention):
+@each_precision
+def test_packed_example_has_the_logits_that_it_has_alone(precision, each_attention):
     model = tiny_model(n_vocab=320)
-    packed = model(ROWS, segments=SEGMENTS)
-    for row, at in examples():
-        alone = model(ROWS[row, at][None])[0]
-        torch.testing.assert_close(packed[row, at], alone, atol=1e-5, rtol=0)
+    with precision.autocast():
+        packed = model(ROWS, segments=SEGMENTS)
+        for row, at in examples():
+            alone = model(ROWS[row, at][None])[0]
+            precision.assert_close(packed[row, at], alone, atol=1e-5, rtol=0)
 
 
-def test_packed_examples_have_the_summed_loss_and_gradients_of_each_alone(each_attention):
+@each_precision
+def test_packed_examples_have_the_summed_loss_and_gradients_of_each_alone(
+        precision, each_attention):
     model, random = tiny_model(), torch.Generator().manual_seed(1)
     targets = torch.randint(0, 261, (3, 10), generator=random).masked_fill(~REAL, -100)
     weights = torch.rand(3, 10, generator=random)
     want_loss = 0.0
     for row, at in examples():
-        loss = model(ROWS[row, at][None], targets[row, at][None], weights[row, at][None])
+        with precision.autocast():
+            loss = model(ROWS[row, at][None], targets[row, at][None], weights[row, at][None])
         loss.backward()  # gradients add up
         want_loss += loss.item()
     want = gradients(model)
 
     model.zero_grad()
-    loss = model(ROWS, targets, weights, SEGMENTS)
+    with precision.autocast():
+        loss = model(ROWS, targets, weights, SEGMENTS)
     loss.backward()
-    assert loss.item() == pytest.approx(want_loss, rel=1e-6)
+    precision.assert_close(loss, torch.tensor(want_loss), atol=0, rtol=1e-6)
     for found, expected in zip(gradients(model), want):
-        torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-5)
+        precision.assert_close(found, expected, atol=2e-5, rtol=1e-5)
 
 
 def test_without_segments_the_examples_of_a_row_see_each_other():

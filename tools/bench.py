@@ -74,6 +74,7 @@ class Config:
     steps: int = 5
     """timed repeats after the warm-up; the table has medians"""
     device: str = "auto"
+    dtype: str = "auto"
     compile: bool = False
     profile: bool = False
     """also list where the time of a training step goes"""

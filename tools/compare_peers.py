@@ -74,6 +74,7 @@ class Config:
     """timed steps per process, after the warm-up"""
     repeats: int = 3
     device: str = "auto"
+    dtype: str = "auto"
     compile: bool = False
     """nanosft and the loop with full logits"""
     json: str | None = None
@@ -136,7 +137,9 @@ def train_ours(config: Config, job: Job) -> dict:
 
 
 def full_logits(model: GPT, x, y, weights=None, segments=None) -> tuple:
-    positions, attend = torch.arange(x.size(1), device=x.device), causal
+    device = model.lm_head.weight.device  # of the batch it is the CPU
+    x, y, segments = (t if t is None else t.to(device) for t in (x, y, segments))
+    positions, attend = torch.arange(x.size(1), device=device), causal
     if segments is not None:
         positions, mask = isolated_positions(segments), isolated_mask(segments)
         attend = functools.partial(F.scaled_dot_product_attention, attn_mask=mask)
@@ -157,7 +160,7 @@ def hugging_face_model(job: Job, **settings):
 
 def train_transformers(config: Config, job: Job) -> dict:
     """Whole examples in random order, right-padded to the longest; or full rows of text."""
-    ranks = train_gpt2.setup_distributed(config.device)
+    ranks = train_gpt2.setup_distributed(config.device, dtype=config.dtype)
     c, rows, _ = open_rows(config, job, layout="pad")
     padded, size, numbers = job.what != "pretrain", c.batch_size, itertools.count()
     if padded:
@@ -189,7 +192,7 @@ def trl_trainer(config: Config, job: Job, dataset, callbacks=()):
     from transformers import AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
-    ranks = train_gpt2.setup_distributed(config.device)
+    ranks = train_gpt2.setup_distributed(config.device, dtype=config.dtype)
     with ranks.autocast():
         bf16 = torch.is_autocast_enabled(ranks.device.type)
     on_gpu, has = ranks.device.type == "cuda", importlib.util.find_spec

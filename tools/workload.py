@@ -108,7 +108,8 @@ def open_training(config, path: str, data: str, **flags) -> tuple:
     script, forward = train_sft, train_sft.forward_sft
     if path == "pretrain":
         script, forward = train_gpt2, train_gpt2.forward_text
-    same = ("n_layer", "n_head", "n_embd", "block_size", "batch_size", "device", "compile")
+    same = ("n_layer", "n_head", "n_embd", "block_size", "batch_size", "device", "dtype",
+            "compile")
     flags = {k: getattr(config, k) for k in same} | {"rows_per_step": config.batch_size} | flags
     c = script.Config(data, "", init="scratch", **flags)
     return c, script.open_rows(c, "train"), forward
@@ -124,7 +125,7 @@ def measure_steps(config, path: str, c, rows, forward: Callable, profile: bool =
 
     c, rows, forward: what `open_training` returns.
     """
-    ranks = train_gpt2.setup_distributed(c.device)
+    ranks = train_gpt2.setup_distributed(c.device, dtype=c.dtype)
     gpt, optimizer, _ = train_gpt2.new_or_resumed(c, ranks, rows.meta, {})
     model, loader = train_gpt2.wrap(gpt, c, ranks), train_gpt2.load_steps(rows, c, ranks, 0)
 
@@ -170,7 +171,7 @@ def prepare(source: str, out: str) -> tuple[float, int]:
 
 def measure_machine(config, path: str) -> dict:
     """The rates of large products: matrix by matrix (FLOP/s), matrix by vector (bytes/s)."""
-    ranks = train_gpt2.setup_distributed(config.device)
+    ranks = train_gpt2.setup_distributed(config.device, dtype=config.dtype)
     cuda = ranks.device.type == "cuda"
     n = 256 if config.quick else 8192 if cuda else 2048
     a = torch.randn(n, n, device=ranks.device)

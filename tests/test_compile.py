@@ -1,0 +1,96 @@
+"""--compile: one graph of a block, made in the first steps, and every later step runs it."""
+
+import functools
+
+import pytest
+import torch
+import torch._dynamo
+import torch.distributed as dist
+from helpers_training import (
+    fine_tune,
+    pretrain,
+    random_examples,
+    sft_folder,
+    text_folder,
+)
+from torch._dynamo.backends.registry import lookup_backend
+from torch._dynamo.utils import counters
+from torch.nn.parallel import DistributedDataParallel
+
+import train_gpt2
+from model import Block
+from nanosft import fast
+
+
+@pytest.fixture
+def compiled_steps(monkeypatch):
+    """For each training step: (graphs made so far, how often it ran one). Needs no compiler."""
+    torch._dynamo.reset()
+    counters.clear()
+    runs, steps, train_step = [], [], train_gpt2.train_step
+
+    def backend(graph, inputs):
+        compiled = lookup_backend("aot_eager")(graph, inputs)
+        return lambda *args: runs.append(1) or compiled(*args)
+
+    def counted(*args, **kwargs):
+        runs.clear()
+        row = train_step(*args, **kwargs)
+        steps.append((counters["stats"]["unique_graphs"], len(runs)))
+        return row
+
+    by_backend = functools.partialmethod(torch.nn.Module.compile, backend=backend)
+    monkeypatch.setattr(Block, "compile", by_backend)
+    monkeypatch.setattr(train_gpt2, "train_step", counted)
+    yield steps
+    torch._dynamo.reset()
+
+
+FLAGS = {"compile": True, "max_steps": 5, "eval_every": 1, "block_size": 32, "n_layer": 2}
+GRAPHS = {"text": 1, "fit": 1, "bucket": 2}  # rows of one length; then of any length
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    text_folder(folder / "text", train=[*range(250)] * 4, val=[*range(250)])
+    sft_folder(folder / "sft", train=random_examples(39, longest=30), val=random_examples(9))
+    return folder
+
+
+@pytest.mark.parametrize("layout", GRAPHS)
+def test_every_training_step_is_compiled_whatever_is_evaluated_and_sampled_in_between(
+        layout, data, tmp_path, compiled_steps):
+    if layout == "text":
+        pretrain(data / "text", tmp_path / "out", **FLAGS)
+    else:
+        fine_tune(data / "sft", tmp_path / "out", layout=layout, **FLAGS)
+    assert compiled_steps[1:] == [(GRAPHS[layout], 4)] * 4  # 2 micro-batches, 2 blocks in each
+
+
+def test_varlen_kernel_is_compiled_for_any_number_of_examples_in_a_row(
+        data, tmp_path, compiled_steps, varlen_on_cpu, monkeypatch):
+    """As on a GPU: in bfloat16, with the kernel inside the graph."""
+
+    def varlen(segments, device, head_size):
+        assert torch.is_autocast_enabled("cpu") and head_size == 8
+        is_first = torch.ones_like(segments, dtype=torch.bool)
+        is_first[:, 1:] = segments[:, 1:] != segments[:, :-1]
+        return fast.Varlen(is_first, device)
+
+    monkeypatch.setattr(fast, "attention_within", varlen)
+    fine_tune(data / "sft", tmp_path / "out", dtype="bfloat16", **FLAGS)
+    assert compiled_steps[2:] == [(compiled_steps[-1][0], 4)] * 3  # one graph in each block
+
+
+def test_ddp_around_compiled_blocks_makes_no_more_graphs(data, tmp_path, compiled_steps,
+                                                         monkeypatch):
+    """What each of several ranks runs, here the only one of its group."""
+    wrap = train_gpt2.wrap
+    monkeypatch.setattr(train_gpt2, "wrap", lambda *args: DistributedDataParallel(wrap(*args)))
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        pretrain(data / "text", tmp_path / "out", **FLAGS)
+    finally:
+        dist.destroy_process_group()
+    assert compiled_steps[1:] == [(1, 4)] * 4
