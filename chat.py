@@ -11,8 +11,8 @@ from collections.abc import Iterator
 
 from nanosft.assistant import cut_prompt, load_assistant
 from nanosft.cli import UserError, one_line, require_at_least, run_cli
+from nanosft.ranks import setup_distributed
 from tokenizer import render_prompt, stop_ids
-from train_gpt2 import setup_distributed
 
 
 @dataclasses.dataclass

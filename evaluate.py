@@ -25,9 +25,10 @@ from nanosft.assistant import (
 )
 from nanosft.cli import UserError, require_at_least, run_cli
 from nanosft.forms import Counts, Reading, messages_of
+from nanosft.ranks import Ranks, setup_distributed
 from nanosft.sources import read_sources
 from tokenizer import render, render_prompt
-from train_gpt2 import MicroBatch, Ranks, evaluate as token_loss, setup_distributed
+from train_gpt2 import MicroBatch, evaluate as token_loss
 
 
 @dataclasses.dataclass

@@ -16,10 +16,11 @@ from torch import Tensor
 from model import GPT, IGNORE_INDEX
 from nanosft.assistant import Assistant, answer_samples
 from nanosft.cli import require_at_least, run_cli
+from nanosft.ranks import Ranks
 from nanosft.shards import read_meta
 from sft_data import SFTDataset
 from tokenizer import get_encoding
-from train_gpt2 import Config as PretrainingConfig, Ranks, train  # the loop stays the same
+from train_gpt2 import Config as PretrainingConfig, train  # the loop stays the same
 
 
 @dataclasses.dataclass

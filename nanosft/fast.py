@@ -1,6 +1,7 @@
-"""The same results, faster: attention within segments, the summed loss, and rows fetched ahead.
+"""The same results, faster: attention within segments, the summed loss, a token of generation.
 
-The first two have a plain definition of a few lines in model.py, and tests of equality to it.
+Each has a plain definition of a few lines in model.py, and tests of equality to it. `Ahead` and
+`send` keep a GPU from waiting for its rows.
 """
 
 import functools
@@ -12,8 +13,6 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from nanosft.cli import require_choice
 
 CHUNK_BYTES = {"cpu": 50 << 20, "cuda": 1 << 30}  # of logits held at once in the loss; LOG.md
 LOOP_FROM = 4096  # mean segment length * T from which a loop over segments beats a mask; LOG.md
@@ -31,13 +30,6 @@ class Ahead:
     def __next__(self):
         self.fetch()
         return self.fetched.pop()
-
-
-def choose_dtype(name: str, device: torch.device) -> str:
-    """--dtype auto is bfloat16 on a GPU that has it, and float32 elsewhere."""
-    require_choice("dtype", name, ("auto", "float32", "bfloat16"))
-    has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return name if name != "auto" else "bfloat16" if has_bfloat16 else "float32"
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:

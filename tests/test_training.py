@@ -41,6 +41,7 @@ import train_gpt2
 import train_sft
 from nanosft import fast
 from nanosft.cli import UserError
+from nanosft.ranks import choose_dtype
 from sft_data import SFTDataset
 from train_gpt2 import (
     MicroBatch,
@@ -543,7 +544,7 @@ def test_run_in_bfloat16_follows_float32_and_keeps_weights_in_float32(tmp_path):
     ("float32", "cuda", True, "float32"), ("bfloat16", "cpu", False, "bfloat16")])
 def test_auto_is_bfloat16_on_gpus_that_have_it(name, device, has_it, want, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_it)
-    assert fast.choose_dtype(name, torch.device(device)) == want
+    assert choose_dtype(name, torch.device(device)) == want
 
 
 def test_unknown_dtype_is_refused():
