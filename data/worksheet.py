@@ -31,7 +31,7 @@ class Config:
     out: str
     """folder for the .jsonl files"""
     seed: int = 1
-    corpus_bytes: int = 2_000_000
+    corpus_bytes: int = 1_300_000
     """size of the corpus; in the `bytes` encoding, the tokens of one epoch of pretraining"""
     worksheets: float = 0.15
     """share of the documents that are worksheets"""

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The lesson, on a CPU in three to five minutes: a model knows the answers but does not give them;
+# The lesson, on a CPU in about three minutes: a model knows the answers but does not give them;
 # fine-tuning on half of the questions makes it answer the other half, too.
 #
 #     bash runs/lesson.sh                       # into out/lesson, which it replaces
@@ -19,9 +19,6 @@ rm -rf "$OUT"
 
 say() { printf '\n# %s\n' "$1"; }
 run() { printf '$ %s\n' "$*"; "$@"; }
-both() { # one thread each for the two processes, or they compete for the two cores
-    run env OMP_NUM_THREADS=1 torchrun --standalone --nproc_per_node=2 "$@"
-}
 common=(--device cpu --seed "$SEED" --block_size 48 --log_every 100)
 asked=(--batch_size 128 --device cpu)
 START=$SECONDS
@@ -34,9 +31,10 @@ run python fineweb.py --source "$OUT/text/corpus.jsonl" --encoding bytes --val_t
     --out "$OUT/shards"
 
 say "Pretraining: learn P(text)."
-both train_gpt2.py --data "$OUT/shards" --out "$OUT/base" "${common[@]}" --eval_every 0 \
-    --n_layer 3 --n_head 4 --n_embd 128 --batch_size 10 --rows_per_step 20 \
-    --max_steps 1800 --learning_rate 3e-3 --warmup_steps 30 --weight_decay 0.3
+run env OMP_NUM_THREADS=2 python train_gpt2.py --data "$OUT/shards" --out "$OUT/base" \
+    "${common[@]}" --eval_every 0 --n_layer 3 --n_head 4 --n_embd 128 \
+    --batch_size 12 --rows_per_step 12 --max_steps 2200 --learning_rate 3e-3 --warmup_steps 30 \
+    --weight_decay 0.3
 
 say "Does the base know the facts? Ask in its own words: 2+4="
 run python evaluate.py --model "$OUT/base" --data "$OUT/text/own_words.jsonl" "${asked[@]}" \
@@ -56,7 +54,9 @@ run python sft_data.py --source "$OUT/text/sft_train.jsonl" --val_source "$OUT/t
     --encoding bytes --template chat --block_size 48 --out "$OUT/sft_shards"
 
 say "Fine-tuning: the same loop on those chats; learn P(response | prompt)."
-both train_sft.py --data "$OUT/sft_shards" --init "$OUT/base" --out "$OUT/sft" "${common[@]}" \
+# two processes with a thread each, or they compete for the two cores
+run env OMP_NUM_THREADS=1 torchrun --standalone --nproc_per_node=2 \
+    train_sft.py --data "$OUT/sft_shards" --init "$OUT/base" --out "$OUT/sft" "${common[@]}" \
     --layout fit --batch_size 4 --rows_per_step 8 --max_steps 200 --learning_rate 3e-4 \
     --warmup_steps 10 --eval_every 10 --eval_prompts 105 --save_every 10
 
