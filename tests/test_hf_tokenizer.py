@@ -50,10 +50,10 @@ def random_text(rng: random.Random) -> str:
 
 
 @pytest.mark.parametrize("name", ENCODINGS)
-def test_transformers_gives_our_ids_of_10000_random_strings(name, opened):
+def test_transformers_gives_our_ids_of_2000_random_strings(name, opened):
     _, tokenizer = opened(name)
     encoding, rng = get_encoding(name), random.Random(0)
-    texts = [random_text(rng) for _ in range(10_000)]
+    texts = [random_text(rng) for _ in range(2_000)]
     ours = [encoding.encode_ordinary(text) for text in texts]
     assert len({i for ids in ours for i in ids}) > 200
     assert tokenizer(texts)["input_ids"] == ours
