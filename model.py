@@ -134,8 +134,8 @@ class GPT(nn.Module):
 
         targets (B, T) int64: the next ids, -100 where ignored. weights (B, T) float32: one per
         target; None: all 1. segments (B, T) int64: which example of its row each token belongs to,
-        counted from 0, -1 for padding; None: each row is one text. All of them may be on the CPU:
-        then a GPU never has to be waited for to learn how many targets and segments there are.
+        counted from 0, -1 for padding; None: each row is one text. All may be on the CPU; then
+        counting targets and segments never has to wait for a GPU.
         """
         x = self.hidden(idx, segments)  # (B, T, C)
         return self.logits(x) if targets is None else self.loss_sum(x, targets, weights)
@@ -162,8 +162,8 @@ class GPT(nn.Module):
         """attends: one per layer, because in generation each layer attends to its own Cache."""
         x = self.transformer.wte(idx) + self.transformer.wpe(positions)  # (B, T, C)
         for block, attend in zip(self.transformer.h, attends):
-            # block() may be compiled, and then only for training: evaluation and generation have
-            # so many shapes that they would exhaust the number of graphs that dynamo allows
+            # if compiled, block() is for training only: evaluation and generation have so many
+            # shapes that they would hit dynamo's recompile limit
             x = (block if torch.is_grad_enabled() else block.forward)(x, attend)
         return self.transformer.ln_f(x)
 
@@ -181,7 +181,7 @@ class GPT(nn.Module):
     def loss_and_hits(self, x: Tensor, targets: Tensor, weights: Tensor | None = None,
                       ) -> tuple[Tensor, Tensor]:
         """x (B, T, C), targets and weights (B, T) -> the sum of weight * nll, a float32 scalar, and
-        for evaluation the number of targets that are the most likely id.
+        how many targets are the most likely id (counted only with gradients off; 0 in training).
 
         By definition this is
 
@@ -306,7 +306,8 @@ def isolated_mask(segments: Tensor) -> Tensor:
 class Cache:
     """The keys and values of all layers during generation; row i is filled up to lengths[i].
 
-    kv[layer] (B, 2, n_head, end, hs) is zero where nothing was written: masked, it must be finite.
+    kv[layer] (B, 2, n_head, end, hs) holds zeros where nothing was written: masked entries must be
+    finite, too.
     """
 
     def __init__(self, lengths: list[int], end: int, config: GPTConfig, like: Tensor):
@@ -315,7 +316,7 @@ class Cache:
         self.keep(slice(None), lengths)
 
     def keep(self, rows: slice | list[int], lengths: list[int]) -> None:
-        """Drop all other rows; `lengths` are those of the rows that stay."""
+        """Keep only these rows, whose lengths are `lengths`."""
         self.kv = [kv[rows] for kv in self.kv]
         self.lengths, self.longest = torch.tensor(lengths).to(self.kv[0].device), max(lengths)
         self.rows = torch.arange(len(lengths), device=self.lengths.device)

@@ -77,7 +77,7 @@ class Config:
     eval_every: int = 250
     """steps between evaluations; 0: only at the start and the end"""
     eval_tokens: int = 1_048_576
-    """evaluate on at most this many positions of the validation split, at even distances"""
+    """evaluate on at most this many positions, in rows spread evenly over the validation split"""
     save_every: int = 1000
     """steps between checkpoints; 0: only at the end"""
     keep: int = 0
@@ -89,7 +89,7 @@ class Config:
     device: str = "auto"
     """auto, cuda, mps or cpu"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """of matrix products; weights stay float32. auto: bfloat16 on GPUs that have it"""
+    """of matrix products; weights stay float32. auto: bfloat16 on GPUs that support it"""
     dist_timeout: float = 10
     """minutes that a rank waits for the others; must be longer than saving a checkpoint"""
     compile: bool = False
@@ -100,8 +100,8 @@ class Config:
 
 
 class MicroBatch(NamedTuple):
-    """The rows of one forward pass on one rank. They are on the CPU, where counting needs no wait
-    for a GPU; the model takes to its device what it needs there."""
+    """The rows of one forward pass on one rank. They stay on the CPU, where counting does not wait
+    for a GPU; the model copies what it needs to its device."""
 
     x: Tensor  # (B, T) int64
     y: Tensor  # (B, T) int64, -100 where ignored
@@ -183,8 +183,8 @@ def load_steps(rows: Dataset, config: Config, ranks: Ranks, done: int,
 
 
 def eval_batches(val: Dataset, config: Config, ranks: Ranks) -> Iterator[MicroBatch]:
-    """This rank's share of --eval_tokens of the validation split, in rows at even distances: the
-    first ones would be the shortest in `bucket`."""
+    """This rank's share of --eval_tokens of the validation split, in evenly spaced rows: in
+    `bucket`, the first ones would be the shortest."""
     n = min(len(val), max(1, config.eval_tokens // config.block_size))
     mine = [(2 * i + 1) * len(val) // (2 * n) for i in range(ranks.rank, n, ranks.world_size)]
     for at in range(0, len(mine), config.batch_size):

@@ -104,7 +104,7 @@ def corpus(rng: random.Random, n_bytes: int, share: float) -> list[str]:
     documents, size = [], 0
     while size < n_bytes:
         make = worksheet if rng.random() < share else notes
-        # short, so that a row has several and a fact is recalled whatever stands before it
+        # short, so that a row holds several and a fact is recalled whatever precedes it
         documents.append(make(rng, rng.sample(known, rng.randint(2, 4))))
         size += len(documents[-1]) + 1
     return documents

@@ -30,7 +30,7 @@ class Assistant(NamedTuple):
                temperature: float = 0.0, seed: int = 0) -> list[Answer]:
         """The answer to each prompt (ids); its text does not include the end token.
 
-        Prompts of like length are answered together, which saves padding and masks.
+        Prompts of similar length are batched together, which saves padding and masks.
         """
         stops, answers = stop_ids(self.encoding, self.template), {}
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))

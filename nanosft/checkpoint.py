@@ -218,7 +218,7 @@ def check_ranks(run: dict, done: int) -> None:
 
 
 def check_disk(config, run: dict, done: int, model: torch.nn.Module) -> list[str]:
-    """Warnings. UserError if the first rank's disk, which holds --out, cannot take a checkpoint."""
+    """Return warnings. UserError if rank 0's disk, which holds --out, cannot take a checkpoint."""
     free, size = gather(free_bytes(Path(config.out)))[0], bytes_of(model)
     steps = run.get("steps", done) - done  # tools.bench is no run
     saves = math.ceil(steps / (config.save_every or steps or 1))

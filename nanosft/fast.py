@@ -1,7 +1,7 @@
-"""The same results, faster: attention within segments, the summed loss, a token of generation.
+"""The same results, faster: attention within segments, the summed loss, one decoding step.
 
-Each has a plain definition of a few lines in model.py, and tests of equality to it. `Ahead` and
-`send` keep a GPU from waiting for its rows.
+Each has a plain definition of a few lines in model.py, and tests that the two agree. `Ahead` and
+`send` keep a GPU from idling while its rows are prepared.
 """
 
 import functools
@@ -33,7 +33,7 @@ class Ahead:
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """To the device without waiting for it: a copy from pinned memory only joins its queue."""
+    """Copy to the device without blocking: a copy from pinned memory is only queued."""
     if device.type == "cuda" and tensor.device.type == "cpu":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
@@ -45,8 +45,8 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
 def attention_within(segments: Tensor, device: torch.device, head_size: int):
     """Equal to scaled_dot_product_attention(q, k, v, attn_mask=isolated_mask(segments)).
 
-    segments (B, T), on the device of q, k and v or better on the CPU; None if nothing here beats
-    the dense mask, as for many short segments.
+    segments (B, T), preferably on the CPU, else on the device of q, k and v; None if nothing here
+    beats the dense mask, as for many short segments.
     """
     B, T = segments.shape
     starts = torch.ones_like(segments, dtype=torch.bool)
@@ -73,7 +73,7 @@ def has_varlen(device: torch.device, head_size: int, is_half: bool) -> bool:
     }
     for need in (need for need, is_missing in reasons.items() if is_missing):
         if os.environ.get("RANK", "0") == "0":
-            print(f"attention within examples uses a dense mask: the varlen kernel needs {need}")
+            print(f"isolated attention falls back to a dense mask: the varlen kernel needs {need}")
         return False
     return True
 
@@ -129,8 +129,8 @@ def summed_cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor, weights:
         loss_sum = (weights * F.cross_entropy(logits, targets, reduction="none")).sum()
         hits = (logits.argmax(1) == targets).sum()
 
-    hidden (N, C), head (V, C), targets (N,) int64, weights (N,). The hits are counted only where
-    gradients are off: training does not need them.
+    hidden (N, C), head (V, C), targets (N,) int64, weights (N,). Hits are counted only when
+    gradients are off; in training they stay 0.
     """
     needs_grad = torch.is_grad_enabled()
     return SummedCrossEntropy.apply(hidden, head, targets, weights, n_vocab, needs_grad)
@@ -168,7 +168,7 @@ class SummedCrossEntropy(torch.autograd.Function):
                 if needs_grad:
                     p.mul_(weight / total)  # the softmax, weighted
                     p.scatter_add_(1, target, -weight)  # d loss / d logits
-                    if p.dtype != h_n.dtype:  # p is a float32 copy of the buffer, no longer needed
+                    if p.dtype != h_n.dtype:  # p is a float32 copy, so the buffer is free
                         p = buffer[: len(h_n)].copy_(p)
                     d_hidden.append(p @ w)  # (n, C)
                     if p.dtype == d_head.dtype:
@@ -184,8 +184,8 @@ class SummedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, _):
         if ctx.grads is None:
-            raise RuntimeError("the loss was already backpropagated once, which used up its "
-                               "gradients; compute it again")
+            raise RuntimeError("backward() was already called on this loss and used up its "
+                               "gradients; compute the loss again")
         d_hidden, d_head = ctx.grads
         ctx.grads = None  # scaled in place, so they can be used only once
         return d_hidden.mul_(grad), d_head.mul_(grad), None, None, None, None
@@ -193,7 +193,7 @@ class SummedCrossEntropy(torch.autograd.Function):
 
 # ----- generation: one token of each row ---------------------------------------------------------
 
-ONEDNN_FROM = 5, 4 << 20  # rows and multiplications; below, MKL's product is faster; LOG.md
+ONEDNN_FROM = 5, 4 << 20  # minimum rows and multiply-adds; below either, MKL is faster; LOG.md
 SLICES = 16  # of a matrix in its product with one row: enough for as many cores
 
 
@@ -229,9 +229,9 @@ def norm(layer):
 class FewRows:
     """layer(x) of a torch.nn.Linear, x (B, C) -> (B, O), for a few rows: faster on a CPU.
 
-    F.linear multiplies one row on one core; as a batch of products with slices of the weight, it
-    is done on all. For more rows, F.linear first copies the weight into another layout. The other
-    way round, weight @ x.T, only x is copied, by oneDNN above all.
+    F.linear multiplies one row on one core; as a batched product with slices of the weight, it
+    uses all cores. For a few rows, F.linear first repacks the weight; weight @ x.T repacks only x,
+    and is fastest with oneDNN when there is enough work.
     """
 
     def __init__(self, layer):

@@ -45,7 +45,7 @@ def bad_step(metrics: dict, batches: list, rows, config, model, forward: Callabl
     It names up to three examples (in pretraining: rows) whose loss is not finite even on their own.
     """
     per_epoch = math.ceil(len(rows) / config.rows_per_step)
-    rows.epoch, step = divmod(metrics["step"] - 1, per_epoch)  # the next step's rows are fetched
+    rows.epoch, step = divmod(metrics["step"] - 1, per_epoch)  # fetching ahead may have moved it on
     first = step * config.rows_per_step  # row of the epoch
     decode, found = get_encoding(rows.meta["encoding"]).decode, []
     for m, batch in enumerate(batches):

@@ -63,7 +63,7 @@ def require_shallow(name: str, value, limit: int = 100) -> None:
                   for inner in (outer.values() if isinstance(outer, dict) else outer)]
         if not values:
             return
-    raise UserError(f"{name}: lists and objects are nested more than {limit} deep")
+    raise UserError(f"{name}: lists and objects are nested more than {limit} levels deep")
 
 
 # ----- a row of a dataset as messages ------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The processes that torchrun started: rank, device, and what they add up and tell each other."""
+"""The processes that torchrun started: rank, device, and what they sum up and exchange."""
 
 import contextlib
 import dataclasses
@@ -80,7 +80,7 @@ def setup_distributed(device: str = "auto", dist_timeout: float = 10, dtype: str
 
 
 def choose_dtype(name: str, device: torch.device) -> str:
-    """--dtype auto is bfloat16 on a GPU that has it, and float32 elsewhere."""
+    """--dtype auto is bfloat16 on a GPU that supports it, and float32 elsewhere."""
     require_choice("dtype", name, ("auto", "float32", "bfloat16"))
     has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return name if name != "auto" else "bfloat16" if has_bfloat16 else "float32"

@@ -141,7 +141,7 @@ def new_folder(out: str) -> Iterator[Path]:
 
 def is_running(pid: int) -> bool:
     try:
-        os.kill(pid, 0)  # signal 0 only asks
+        os.kill(pid, 0)  # signal 0 only checks that it exists
     except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:  # another user's

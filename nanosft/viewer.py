@@ -265,7 +265,7 @@ def write_page(path: str, n: int, open_rows: Callable, layout: str,
 
 
 def save_page(flag: str, path: str, template: Path, data: dict, weights: str = "") -> int:
-    """A template with its data, written atomically -> its size. No `<` in it: text stays text."""
+    """Fill in a template, write it atomically, return its size. `<` is escaped: text stays text."""
     path, page = Path(path), template.read_text("utf-8").replace("__WEIGHTS__", weights)
     if path.is_dir():
         raise UserError(f"{flag} {path} is a folder; name a file in it")

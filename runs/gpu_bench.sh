@@ -9,7 +9,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 JSON=${JSON:-out/gpu_bench.jsonl}
 mkdir -p "$(dirname "$JSON")"
-# --batch_size: rows of 1024 tokens that go through the model at once; without --accumulate, a step
+# --batch_size: rows of 1024 tokens per forward pass; without --accumulate, that is a whole step
 flags=(--n_layer 12 --n_head 12 --n_embd 768 --block_size 1024 --steps 10 --json "$JSON"
   ${QUICK:+--quick})
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The lesson, on a CPU in about three minutes: a model knows the answers but does not give them;
+# The lesson, on a CPU in under three minutes: a model knows the answers but does not give them;
 # fine-tuning on half of the questions makes it answer the other half, too.
 #
 #     bash runs/lesson.sh                       # into out/lesson, which it replaces
@@ -54,7 +54,7 @@ run python sft_data.py --source "$OUT/text/sft_train.jsonl" --val_source "$OUT/t
     --encoding bytes --template chat --block_size 48 --out "$OUT/sft_shards"
 
 say "Fine-tuning: the same loop on those chats; learn P(response | prompt)."
-# two processes with a thread each, or they compete for the two cores
+# two processes, one thread each; otherwise they compete for the two cores
 run env OMP_NUM_THREADS=1 torchrun --standalone --nproc_per_node=2 \
     train_sft.py --data "$OUT/sft_shards" --init "$OUT/base" --out "$OUT/sft" "${common[@]}" \
     --layout fit --batch_size 4 --rows_per_step 8 --max_steps 200 --learning_rate 3e-4 \

@@ -42,7 +42,7 @@ SETTINGS = {  # path: the settings of its lines in the table
     "sft": [{}],
     "layouts": [{"layout": layout, "isolate": i} for layout in LAYOUTS for i in (True, False)],
     "share": [{"share": share} for share in (0.1, 0.25, 0.5, 0.75, 1.0)],
-    "length": [{"T": T} for T in (256, 512, 1024, 2048)],  # as many tokens in a step
+    "length": [{"T": T} for T in (256, 512, 1024, 2048)],  # same number of tokens per step
     "evaluate": [{}],
     "generate": [{"prompts": n} for n in (1, 16)],
     "startup": [{}],

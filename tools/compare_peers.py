@@ -137,7 +137,7 @@ def train_ours(config: Config, job: Job) -> dict:
 
 
 def full_logits(model: GPT, x, y, weights=None, segments=None) -> tuple:
-    device = model.lm_head.weight.device  # of the batch it is the CPU
+    device = model.lm_head.weight.device  # the batch is on the CPU
     x, y, segments = (t if t is None else t.to(device) for t in (x, y, segments))
     positions, attend = torch.arange(x.size(1), device=device), causal
     if segments is not None:
@@ -290,7 +290,7 @@ def compare(config: Config, what: str, folder: str, log) -> None:
             rows.append(in_its_own_process(measure, config, Job(what, who, folder)))
             entry = {"what": what, "who": who, "repeat": repeat, **rows[-1]}
             print(json.dumps(entry), file=log, flush=True)
-    print(f"\n{what}: medians (lowest to highest), and nanosft's over it")
+    print(f"\n{what}: medians (lowest to highest); x: nanosft's median divided by it")
     for who, rows in found.items():
         print(f"  {who:18}" + line_of(rows, found["nanosft"]), flush=True)
 

@@ -85,7 +85,7 @@ def random_jsonl(path: Path, n_rows: int) -> list[str]:
 def flops(model: GPTConfig, tokens: int, head_tokens: int, pairs: int) -> int:
     """FLOPs of a training step, forward and backward: 6 per weight and token, 12 per pair and C.
 
-    head_tokens use the vocabulary's matrix; of each of the pairs of tokens one sees the other.
+    head_tokens go through the vocabulary projection; pairs counts the attended (query, key) pairs.
     Source: PaLM, appendix B, where head_tokens = tokens and pairs = tokens * T. A block has
     (3 + 1 + 4 + 4) * C * C weights; biases, norms, softmax and optimizer are left out there, too.
     """
