@@ -89,7 +89,7 @@ def test_dense_mask_takes_over_where_the_varlen_kernel_does_not_run_and_says_so_
     found = [fast.attention_within(torch.tensor([[0, 0, 1, 1]]), CUDA, head_size) for _ in "ab"]
     fast.has_varlen.cache_clear()
     assert found == ([None] * 2 if need else ["varlen"] * 2)
-    line = f"attention within examples uses a dense mask: the varlen kernel needs {need}\n"
+    line = f"isolated attention falls back to a dense mask: the varlen kernel needs {need}\n"
     assert capsys.readouterr().out == (line if need else "")
 
 
@@ -238,7 +238,7 @@ def test_without_gradients_the_loss_is_the_same_for_a_third_of_the_matrix_produc
 def test_second_backward_raises_instead_of_scaling_twice():
     loss = tiny_model()(*a_batch("one target"))
     loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="already backpropagated once"):
+    with pytest.raises(RuntimeError, match="already called on this loss"):
         loss.backward()
 
 
