@@ -8,9 +8,9 @@ For developers: it needs the `gpt2` vocabulary, and leaves out the peers that ar
 The contenders take turns, `repeats` times, each time in a process of its own; the table has
 medians (and ranges). Peers:
 - trl: SFTTrainer(packing=True) with its default best-fit strategy, on nanosft's ids and masks, and
-  with its own loss, which never materializes all logits. On a GPU with FlashAttention or not at
-  all, and with Liger's kernels if installed (none are for GPT-2). Gradient checkpointing, its
-  default, is off: that is faster, but takes more memory.
+  with its own loss, which never materializes all logits. On a GPU it requires FlashAttention and
+  enables Liger if installed (which has no GPT-2 kernels). Gradient checkpointing, its default, is
+  off: that is faster, but takes more memory.
 - transformers: a plain loop over padded batches; about as many tokens per step.
 - full_logits: nanoGPT's way. nanosft's model, rows, optimizer and step, but the head runs at all
   positions and a dense mask keeps examples apart; --compile compiles all of it, loss included.
@@ -174,7 +174,7 @@ def train_transformers(config: Config, job: Job) -> dict:
         real = batch["segments"] >= 0 if padded else torch.ones_like(x) > 0
         T = int(real.sum(1).max())
         counts = {"tokens": int(real.sum()), "trained_tokens": int((y != IGNORE_INDEX).sum())}
-        x, y, real = (t[:, :T].to(ranks.device) for t in (x, y, real))
+        x, y, real = (t[:, :T].contiguous().to(ranks.device) for t in (x, y, real))
         with ranks.autocast():
             mask = real.long() if padded else None
             loss = model(x, attention_mask=mask, labels=y, shift_labels=y).loss
