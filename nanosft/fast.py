@@ -193,7 +193,7 @@ class SummedCrossEntropy(torch.autograd.Function):
 
 # ----- generation: one token of each row ---------------------------------------------------------
 
-ONEDNN_FROM = 5, 4 << 20  # minimum rows and multiply-adds; below either, MKL is faster; LOG.md
+MOST_ROWS = 32  # from there on F.linear is as fast; LOG.md
 SLICES = 16  # of a matrix in its product with one row: enough for as many cores
 
 
@@ -230,8 +230,7 @@ class FewRows:
     """layer(x) of a torch.nn.Linear, x (B, C) -> (B, O), for a few rows: faster on a CPU.
 
     F.linear multiplies one row on one core; as a batched product with slices of the weight, it
-    uses all cores. For a few rows, F.linear first repacks the weight; weight @ x.T repacks only x,
-    and is fastest with oneDNN when there is enough work.
+    uses all cores. For a few rows, F.linear first repacks the weight; weight @ x.T repacks only x.
     """
 
     def __init__(self, layer):
@@ -240,18 +239,10 @@ class FewRows:
         self.slices = self.weight.view(n, -1, self.weight.size(1)).mT  # (n, C, O / n)
 
     def __call__(self, x: Tensor) -> Tensor:
-        if x.is_cuda:
+        if x.is_cuda or len(x) > MOST_ROWS:
             return F.linear(x, self.weight, self.bias)
         if len(x) == 1:
             y = torch.bmm(x.expand(len(self.slices), 1, -1), self.slices).view(1, -1)
-        elif self.suits_onednn(x):  # F.linear(self.weight, x) would use MKL
-            y = torch.ops.mkldnn._linear_pointwise(self.weight, x, None, "none", [], "").T
         else:
             y = (self.weight @ x.T).T  # (B, O), but (O, B) in memory
         return y if self.bias is None else (y + self.bias).contiguous()
-
-    def suits_onednn(self, x: Tensor) -> bool:
-        rows, multiplications = ONEDNN_FROM
-        return (len(x) >= rows and len(x) * self.weight.numel() >= multiplications
-                and x.dtype == self.weight.dtype == torch.float32 and x.device.type == "cpu"
-                and torch.backends.mkldnn.is_available())

@@ -61,11 +61,10 @@ def test_cached_logits_equal_those_of_the_whole_row_at_every_step(monkeypatch):
         torch.testing.assert_close(cached, whole.detach(), atol=1e-4, rtol=1e-5)
 
 
-@pytest.mark.parametrize("B", [1, 2, 5, 40])
+@pytest.mark.parametrize("B", [1, 2, 40])
 @pytest.mark.parametrize("sizes", [(24, 64), (64, 24), (8, 7)])  # 7 cannot be cut into slices
 @pytest.mark.parametrize("bias", [True, False])
-def test_products_with_few_rows_equal_those_of_the_layer(B, sizes, bias, monkeypatch):
-    monkeypatch.setattr(fast, "ONEDNN_FROM", (5, 0))
+def test_products_with_few_rows_equal_those_of_the_layer(B, sizes, bias):
     torch.manual_seed(0)
     layer, x = torch.nn.Linear(*sizes, bias=bias), torch.randn(B, sizes[0])
     with torch.no_grad():
