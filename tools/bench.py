@@ -184,8 +184,7 @@ def main(config: Config) -> None:
     machine = measure(config, {"path": "machine"})
     if "error" in machine:
         raise UserError(machine["error"])
-    print(*(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
-            for key, value in machine.items()), sep=", ")
+    print(*(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in machine.items()))
     print(HEAD)
     with open(config.json or os.devnull, "a") as log:
         print(json.dumps({"path": "machine"} | machine), file=log)
