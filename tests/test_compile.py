@@ -47,7 +47,7 @@ def compiled_steps(monkeypatch):
 
 
 FLAGS = {"compile": True, "max_steps": 5, "eval_every": 1, "block_size": 32, "n_layer": 2}
-GRAPHS = {"text": 1, "fit": 1, "bucket": 2}  # rows of one length; then of any length
+GRAPHS = {"fit": 1, "bucket": 2}  # rows of one length; then of any length
 
 
 @pytest.fixture(scope="module")
@@ -61,10 +61,7 @@ def data(tmp_path_factory):
 @pytest.mark.parametrize("layout", GRAPHS)
 def test_every_training_step_is_compiled_whatever_is_evaluated_and_sampled_in_between(
         layout, data, tmp_path, compiled_steps):
-    if layout == "text":
-        pretrain(data / "text", tmp_path / "out", **FLAGS)
-    else:
-        fine_tune(data / "sft", tmp_path / "out", layout=layout, **FLAGS)
+    fine_tune(data / "sft", tmp_path / "out", layout=layout, **FLAGS)
     assert compiled_steps[1:] == [(GRAPHS[layout], 4)] * 4  # 2 micro-batches, 2 blocks in each
 
 
@@ -85,7 +82,7 @@ def test_varlen_kernel_is_compiled_for_any_number_of_examples_in_a_row(
 
 def test_ddp_around_compiled_blocks_makes_no_more_graphs(data, tmp_path, compiled_steps,
                                                          monkeypatch):
-    """What each of several ranks runs, here the only one of its group."""
+    """Pretraining as each of several ranks runs it, here the only one of its group."""
     wrap = train_gpt2.wrap
     monkeypatch.setattr(train_gpt2, "wrap", lambda *args: DistributedDataParallel(wrap(*args)))
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
