@@ -14,7 +14,6 @@ import contextlib
 import dataclasses
 import itertools
 import math
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -429,20 +428,7 @@ def train(config: Config, open_rows: Callable, forward: Callable, judge: Callabl
 
     if log:
         log.close()
-    finish(config, ranks, step < n_steps)
-
-
-def finish(config: Config, ranks: Ranks, stopped: bool) -> None:
-    """Print how to go on, and leave the other ranks; stopped: by a signal or by --max_minutes."""
-    newest, peak = newest_checkpoint(config.out), checkpoint.peak_memory_gb(ranks.device)
-    if stopped:
-        ranks.print(f"stopped: {newest}; the same command with --resume continues the run")
-    else:
-        ranks.print(f"done: {newest} (peak memory of rank 0: {peak:.2f} GB)")
-        ranks.print(f"next: python chat.py --model {checkpoint.best_note(config.out)}")
-    ranks.finish()
-    if stopped:
-        sys.exit(ranks.stop.exit_code())
+    checkpoint.finish(config.out, ranks, step < n_steps)
 
 
 def is_due(step: int, every: int, n_steps: int) -> bool:

@@ -379,3 +379,16 @@ def peak_memory_gb(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated() / 1e9
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux kilobytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def finish(out: str, ranks, stopped: bool) -> None:
+    """Print how to go on, and leave the other ranks; stopped: by a signal or by --max_minutes."""
+    newest, peak = newest_checkpoint(out), peak_memory_gb(ranks.device)
+    if stopped:
+        ranks.print(f"stopped: {newest}; the same command with --resume continues the run")
+    else:
+        ranks.print(f"done: {newest} (peak memory of rank 0: {peak:.2f} GB)")
+        ranks.print(f"next: python chat.py --model {best_note(out)}")
+    ranks.finish()
+    if stopped:
+        sys.exit(ranks.stop.exit_code())
