@@ -421,15 +421,11 @@ def test_resume_refuses_other_flags_and_other_data(refused, command, data, sft_s
 # ----- as a user runs it -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("script, flags, message", [
-    ("fineweb.py", ["--source", "no.txt", "--encoding", "bytes"], "error: no.txt: no such file"),
-    ("train_sft.py", ["--data", "no", "--device", "cpu"],
-     "error: --data no does not exist; make it with sft_data.py"),
-])
-def test_script_itself_prints_one_line_and_exits_with_2(tmp_path, script, flags, message):
-    call = [sys.executable, str(ROOT / script), *flags, "--out", "out"]
+def test_script_itself_prints_one_line_and_exits_with_2(tmp_path):
+    call = [sys.executable, str(ROOT / "train_sft.py"), "--data", "no", "--out", "out"]
     result = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert (result.returncode, result.stderr) == (2, f"{message}\n")
+    line = "error: --data no does not exist; make it with sft_data.py\n"
+    assert (result.returncode, result.stderr) == (2, line)
     assert not list(tmp_path.iterdir())
 
 
