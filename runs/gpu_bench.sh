@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # GPT-2 124M, T=1024, bfloat16 on one GPU, in under 10 minutes: training, evaluation and generation,
 # then nanosft beside a compiled nanoGPT-style loop with full logits, and beside TRL with packing,
-# FlashAttention and Liger; a peer that is not installed is left out, and the table says so.
+# FlashAttention and Liger (which has no kernels for GPT-2); a peer that is not installed is left
+# out, and the table says so.
 # bash runs/gpu_bench.sh                  tables on the screen, JSON lines in out/gpu_bench.jsonl
 # DATA=openai/gsm8k:main bash runs/gpu_bench.sh      the same, with real rows beside the peers
 # QUICK=1 bash runs/gpu_bench.sh          the same commands on a tiny model: a rehearsal on a CPU
