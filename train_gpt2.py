@@ -88,8 +88,8 @@ class Config:
     device: str = "auto"
     """auto, cuda, mps or cpu"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """of matrix products; weights stay float32. auto: bfloat16 on GPUs that support it; else
-    float32. CPUs without bfloat16 instructions emulate it, many times slower"""
+    """of matrix products; weights stay float32. auto: bfloat16 on GPUs that support it;
+    CPUs without bfloat16 instructions emulate it, many times slower"""
     dist_timeout: float = 10
     """minutes that a rank waits for the others; must be longer than saving a checkpoint"""
     compile: bool = False
