@@ -20,6 +20,7 @@ from torch.utils.benchmark import Timer
 import train_gpt2
 import train_sft
 from model import GPTConfig
+from nanosft import fast
 from nanosft.checkpoint import peak_memory_gb
 from nanosft.shards import ShardWriter, read_meta, write_meta
 
@@ -127,18 +128,25 @@ def measure_steps(config, path: str, c, rows, forward: Callable, profile: bool =
     """
     ranks = train_gpt2.setup_distributed(c.device, dtype=c.dtype)
     gpt, optimizer, _ = train_gpt2.new_or_resumed(c, ranks, rows.meta, {})
-    model, loader = train_gpt2.wrap(gpt, c, ranks), train_gpt2.load_steps(rows, c, ranks, 0)
+    model, n = train_gpt2.wrap(gpt, c, ranks), warmup(config) + config.steps + profile
+    ahead, spent = fast.Ahead(train_gpt2.load_steps(rows, c, ranks, 0), n), []
+
+    def fetch() -> None:
+        clock = time.perf_counter()
+        ahead.fetch()
+        spent.append(time.perf_counter() - clock)
 
     def step() -> dict:
-        clock = time.perf_counter()
-        batches = next(loader)
-        loading = {"loading": time.perf_counter() - clock}
+        spent.clear()
+        fetch()  # nothing to do where the step before did it
+        batches = next(ahead)
         if path != "evaluate":
-            row = train_gpt2.train_step(model, optimizer, batches, 1e-4, 1.0, ranks, forward)
-            return row | loading
+            row = train_gpt2.train_step(model, optimizer, batches, 1e-4, 1.0, ranks, forward,
+                                        meanwhile=fetch)
+            return row | {"loading": sum(spent)}
         _, tokens, trained, _ = train_gpt2.count_step(batches, ranks).tolist()
         train_gpt2.evaluate(gpt, batches, ranks)
-        return {"tokens": tokens, "trained_tokens": trained} | loading
+        return {"tokens": tokens, "trained_tokens": trained, "loading": sum(spent)}
 
     done = timed(step, warmup(config), config.steps)
     tokens, trained, loading, seconds = (sum(row[key] for row in done) for key in (
