@@ -1,0 +1,156 @@
+"""Does this GPU compute what a CPU computes in float32? Run it before a long run on a new machine.
+
+    python -m tests.check_gpu                       # a minute or two
+    python -m tests.check_gpu --device cpu --no_compile   # a rehearsal without a GPU
+
+Both trainers take 20 steps of a small model on the CPU in float32, then on the GPU: in float32
+(with TF32), in bfloat16, compiled, resumed, and on two ranks where there are two GPUs. The losses
+of each step are compared, then the hidden states of packed examples with those of each alone, and
+greedy answers. A line for each comparison; exit code 1 if one fails.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+import fineweb
+import sft_data
+import train_gpt2
+import train_sft
+from model import GPT
+from nanosft import fast
+from nanosft.cli import UserError, run_cli
+from tokenizer import get_encoding, render_prompt
+
+SCRIPTS = {"pretraining": train_gpt2, "SFT": train_sft}
+# Largest relative difference of a step's loss. bfloat16 rounds by up to 0.4 %, TF32 by 0.05 %; most
+# of that averages out over a step's tokens.
+ROUNDED, SAME = 1e-2, 1e-3
+
+
+@dataclasses.dataclass
+class Config:
+    """Compare a GPU with the CPU."""
+
+    device: str = "cuda"
+    steps: int = 20
+    n_layer: int = 4
+    n_head: int = 4
+    n_embd: int = 256
+    block_size: int = 512
+    compile: bool = True
+    """also compare the compiled model"""
+
+
+def make_data(folder: Path) -> dict[str, str]:
+    """Shards of a text and of chats; answers of 1 to 60 words."""
+    words = ["red", "green", "blue", "seven", "eight", "nine"]
+    chats = [{"prompt": f"Repeat {words[i % 6]} {1 + i % 60} times.",
+              "response": " ".join([words[i % 6]] * (1 + i % 60))} for i in range(600)]
+    rows, texts = folder / "chats.jsonl", folder / "texts.jsonl"
+    rows.write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    texts.write_text("".join(json.dumps({"text": chat["response"]}) + "\n" for chat in chats * 8))
+    data = {"pretraining": f"{folder}/text", "SFT": f"{folder}/chats"}
+    fineweb.main(fineweb.Config(data["pretraining"], (str(texts),), encoding="bytes", workers=1))
+    sft_data.main(sft_data.Config(source=(str(rows),), out=data["SFT"], encoding="bytes",
+                                  workers=1))
+    return data
+
+
+def losses(kind: str, data: str, out: Path, config: Config, n_ranks: int = 1, **flags) -> list:
+    """The loss of each step of a run in `out`."""
+    sizes = ("n_layer", "n_head", "n_embd", "block_size")
+    flags = {key: getattr(config, key) for key in sizes} | {
+        "init": "scratch", "batch_size": 4, "rows_per_step": 8, "learning_rate": 6e-4,
+        "warmup_steps": 5, "max_steps": config.steps, "save_every": config.steps // 2,
+        "eval_tokens": 4 * config.block_size, "device": config.device} | flags
+    flags |= {"eval_prompts": 0} if kind == "SFT" else {}
+    script = SCRIPTS[kind]
+    if n_ranks == 1:
+        script.main(script.Config(data, str(out), **flags))
+    else:
+        words = ["--standalone", f"--nproc_per_node={n_ranks}", script.__file__, f"--data={data}",
+                 f"--out={out}", *(f"--{key}={value}" for key, value in flags.items())]
+        subprocess.run([sys.executable, "-m", "torch.distributed.run", *words], check=True)
+    return [json.loads(line)["loss"] for line in (out / "metrics.jsonl").open()]
+
+
+def resumed(kind: str, data: str, whole: Path, out: Path, config: Config, **flags) -> list:
+    """The losses of a run continued from the checkpoint in the middle of the run `whole`."""
+    shutil.copytree(whole, out)
+    shutil.rmtree(out / f"step_{config.steps:06d}")
+    return losses(kind, data, out, config, resume=True, **flags)
+
+
+def compare_losses(kind: str, data: str, folder: Path, config: Config) -> Iterator[tuple]:
+    def run(name: str, **flags) -> list[float]:
+        return losses(kind, data, folder / f"{kind} {name}", config, **flags)
+
+    def difference(a: list[float], b: list[float]) -> float:
+        return max(abs(x - y) / y for x, y in zip(a, b, strict=True))
+
+    cpu = run("cpu", device="cpu", dtype="float32")
+    half = run("bfloat16", dtype="bfloat16")
+    yield "float32", difference(run("float32", dtype="float32"), cpu), SAME
+    yield "bfloat16", difference(half, cpu), ROUNDED
+    again = resumed(kind, data, folder / f"{kind} bfloat16", folder / f"{kind} resumed", config,
+                    dtype="bfloat16")
+    yield "resumed", difference(again, half), SAME  # a GPU may add in another order
+    if config.compile:
+        yield "compiled", difference(run("compiled", dtype="bfloat16", compile=True), cpu), ROUNDED
+    if config.device == "cuda" and torch.cuda.device_count() > 1:
+        yield "2 ranks", difference(run("2 ranks", n_ranks=2, dtype="bfloat16"), cpu), ROUNDED
+
+
+@torch.no_grad()
+def compare_model(model: GPT, data: str, device: torch.device) -> Iterator[tuple]:
+    """A trained model on the device: packed examples in bfloat16, greedy answers in float32."""
+    rows = sft_data.SFTDataset(data, "val", model.config.block_size)
+    row = max(rows, key=lambda row: int(row["segments"].max()))  # the one with most examples
+    x, segments = row["input_ids"][None], row["segments"][None]
+    alone = [model.hidden(x[segments == i][None]) for i in range(int(segments.max()) + 1)]
+    encoding = get_encoding("bytes")
+    prompts = [render_prompt(encoding, [{"role": "user", "content": f"Repeat {text} times."}])
+               for text in ("red 3", "blue 17", "nine 50")]
+    answers = model.generate(prompts, 64, temperature=0)
+    model.to(device)
+    with torch.autocast(device.type, torch.bfloat16):
+        packed = model.hidden(x, segments)[segments.to(device) >= 0].float().cpu()  # (n, C)
+    apart = float((packed - torch.cat(alone, dim=1)[0]).norm() / packed.norm())
+    yield f"{len(alone)} packed examples, each alone", apart, 2 * ROUNDED
+    same = [a == b for a, b in zip(model.generate(prompts, 64, temperature=0), answers)]
+    yield f"{len(same)} greedy answers", 1 - sum(same) / len(same), 0
+
+
+def main(config: Config) -> None:
+    device = train_gpt2.setup_distributed(config.device).device
+    with tempfile.TemporaryDirectory() as name:
+        folder, lines = Path(name), []
+        data = make_data(folder)
+        for kind in SCRIPTS:
+            found = compare_losses(kind, data[kind], folder, config)
+            lines += [(f"{kind}, {what}", *rest) for what, *rest in found]
+        model, _ = train_gpt2.load_checkpoint(str(folder / "SFT float32"))
+        lines += compare_model(model, data["SFT"], device)
+    where = torch.cuda.get_device_name() if device.type == "cuda" else device.type
+    print(f"\n{where}, torch {torch.__version__}: largest relative difference")
+    for what, found, allowed in lines:
+        verdict = "ok" if found <= allowed else "FAIL"
+        print(f"  {what:36} {found:.1e}, at most {allowed:.0e}  {verdict}")
+    if device.type == "cuda" and not fast.has_varlen(device, config.n_embd // config.n_head, True):
+        print("  the varlen kernel does not run here, so it was not tested")
+    if any(found > allowed for _, found, allowed in lines):
+        raise UserError(f"--device {config.device} does not compute what the CPU computes")
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    run_cli(main, Config)
