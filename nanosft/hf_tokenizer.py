@@ -7,14 +7,10 @@ llama.cpp, MLX.
   for trainers that want assistant masks; some engines cannot read the mark, so it is a second file
 - generation_config.json: every id that ends an answer
 
-What differs from nanosft: here a user who types `<|end|>` gets those seven characters, but
-other programs tokenize the rendered chat as one string and turn them into the token. In recent
-transformers, `apply_chat_template(…, sanitize_control_tokens=True)` keeps them as text.
-
-In `alpaca` and `raw` no special token stands between the messages, so other programs may also
-merge the last characters of one with the first of the next; single-turn prompts are not affected.
-
-llama.cpp's converter knows `gpt2` but not `bytes`; the `tokenizers` library reads both.
+Two things differ from nanosft, because other programs tokenize the rendered chat as one string: a
+user who types `<|end|>` gets the token (the model card says what to do), and in `alpaca` and `raw`,
+where no special token stands between the messages, the last characters of one may merge with the
+first of the next; single-turn prompts are not affected.
 """
 
 import functools
@@ -128,7 +124,6 @@ SINGLE_TURN = """
 {{- raise_exception('the alpaca template takes one user message and one answer') -}}
 {%- endif -%}
 """
-TEXT_ANSWER = "text ~ ('<|endoftext|>' if loop.last else '')"
 
 
 def chat_template(template: str, marks: bool = False) -> str:
@@ -137,6 +132,7 @@ def chat_template(template: str, marks: bool = False) -> str:
     It gives the ids of `render`, and with add_generation_prompt those of `render_prompt`; the head
     of this file names the two exceptions. Like those two, it refuses messages out of order.
     """
+    answer, end = trained("text ~ ('<|endoftext|>' if loop.last else '')", marks), ""
     if template == "chat":
         context, end = CHAT_CONTEXT, CHAT_PROMPT_END
         answer = ("{{- '<|assistant|>' -}}" + trained("text ~ '<|end|>'", marks)
@@ -147,9 +143,8 @@ def chat_template(template: str, marks: bool = False) -> str:
                                for text in (ALPACA_WITH_INPUT, ALPACA))
         context = (SINGLE_TURN + "{%- if message['input'] -%}\n" + with_input
                    + "\n{%- else -%}\n" + without + "\n{%- endif -%}")
-        answer, end = trained(TEXT_ANSWER, marks), ""
     else:
-        context, answer, end = "{{- text -}}", trained(TEXT_ANSWER, marks), ""
+        context = "{{- text -}}"
     parts = [START, answer, "\n{%- else -%}\n", context, "\n{%- endif -%}\n{%- endfor -%}\n", end]
     return "".join(parts).strip()
 
@@ -166,40 +161,29 @@ def trained(expression: str, marks: bool) -> str:
 # ----- the folder --------------------------------------------------------------------------------
 
 
-def special_ids(encoding: tiktoken.Encoding, template: str | None) -> dict[str, int]:
-    """For config.json: a text starts with <|endoftext|>, and ends with the template's end token."""
-    eot = encoding.eot_token
-    return {"bos_token_id": eot, "eos_token_id": stop_ids(encoding, template)[0],
-            "pad_token_id": eot}
-
-
-def write_tokenizer(folder: str | Path, encoding: tiktoken.Encoding, template: str | None,
-                    block_size: int, n_vocab: int) -> None:
-    """Write the files listed at the top of this file; template None: without chat templates."""
-    folder = Path(folder)
-    (folder / "tokenizer.json").write_text(tokenizer_json(encoding, n_vocab), encoding="utf-8")
-    ids = special_ids(encoding, template)
-    tokens = {key.removesuffix("_id"): encoding.decode([i]) for key, i in ids.items()}
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", **tokens, "add_bos_token": False,
-                "clean_up_tokenization_spaces": False, "model_max_length": block_size}
-    if template is not None:
-        settings["chat_template"] = chat_template(template)
-        marked = chat_template(template, marks=True) + "\n"
-        (folder / "chat_template_generation.jinja").write_text(marked, encoding="utf-8")
-    generation = ids | {"eos_token_id": stop_ids(encoding, template)}
-    for name, found in (("tokenizer_config", settings), ("generation_config", generation)):
-        (folder / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
-
-
 def save_model(folder: str | Path, model, encoding: str | None = None,
                template: str | None = None, **settings) -> None:
-    """Write a `GPT` and, if its encoding is named, its tokenizer, for other programs to open.
+    """Write a `GPT` and, if its encoding is named, the files listed at the top of this file.
 
-    settings: extra keys of config.json.
+    template None: without chat templates. settings: extra keys of config.json.
     """
     if encoding is None:
         return model.save_pretrained(folder, **settings)
     names = {"encoding": encoding} | ({"template": template} if template else {})
-    found, sizes = get_encoding(encoding), model.config
-    model.save_pretrained(folder, **names, **special_ids(found, template), **settings)
-    write_tokenizer(folder, found, template, sizes.block_size, sizes.n_vocab)
+    folder, found, sizes = Path(folder), get_encoding(encoding), model.config
+    # a text starts with <|endoftext|>, and ends with the template's end token
+    eot, stops = found.eot_token, stop_ids(found, template)
+    ids = {"bos_token_id": eot, "eos_token_id": stops[0], "pad_token_id": eot}
+    model.save_pretrained(folder, **names, **ids, **settings)
+    vocabulary = tokenizer_json(found, sizes.n_vocab)
+    (folder / "tokenizer.json").write_text(vocabulary, encoding="utf-8")
+    tokens = {key.removesuffix("_id"): found.decode([i]) for key, i in ids.items()}
+    tokenizer = {"tokenizer_class": "PreTrainedTokenizerFast", **tokens, "add_bos_token": False,
+                 "clean_up_tokenization_spaces": False, "model_max_length": sizes.block_size}
+    if template is not None:
+        tokenizer["chat_template"] = chat_template(template)
+        marked = chat_template(template, marks=True) + "\n"
+        (folder / "chat_template_generation.jinja").write_text(marked, encoding="utf-8")
+    generation = ids | {"eos_token_id": stops}
+    for name, content in (("tokenizer_config", tokenizer), ("generation_config", generation)):
+        (folder / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
