@@ -131,9 +131,7 @@ def new_folder(out: str) -> Iterator[Path]:
     tmp.mkdir(parents=True)
     try:
         yield tmp
-        if folder.exists():
-            folder.rmdir()  # it is empty
-        tmp.rename(folder)
+        tmp.rename(folder)  # which may exist, but is empty
     except BaseException:
         shutil.rmtree(tmp)
         raise
@@ -165,22 +163,17 @@ def read_meta(data: str, kind: str) -> dict:
     if (version := meta.get("version") if isinstance(meta, dict) else None) != FORMAT_VERSION:
         raise UserError(f"{path}: format version {version}, expected {FORMAT_VERSION}; "
                         f"make the data again with {MADE_BY[kind]}")
-    check_meta(path, meta)
-    if meta["kind"] != kind:
-        raise UserError(f"--data {data} was made by {MADE_BY.get(meta['kind'])}; this command "
-                        f"needs data made by {MADE_BY[kind]}")
-    verify(path)
-    return meta
-
-
-def check_meta(path: Path, meta: dict) -> None:
-    """UserError unless the keys that readers use hold what they may hold."""
     choices = META | {"vocab_size": (N_VOCAB.get(str(meta.get("encoding"))),)}
     wrong = [key for key in choices if meta.get(key) not in choices[key]]
     wrong += [] if are_splits(meta.get("splits")) else ["splits"]
     if wrong:
         raise UserError(f"{path}: damaged ({wrong[0]} is {str(meta.get(wrong[0]))[:60]!r}); make "
                         "the data again")
+    if meta["kind"] != kind:
+        raise UserError(f"--data {data} was made by {MADE_BY[meta['kind']]}; this command needs "
+                        f"data made by {MADE_BY[kind]}")
+    verify(path)
+    return meta
 
 
 def are_splits(splits) -> bool:
@@ -214,9 +207,7 @@ class Shards:
         """A memory map; nothing is read yet."""
         path, tokens = self.folder / shard["file"], shard["tokens"]
         try:
-            ids = np.load(path, mmap_mode="r")
-            if not isinstance(ids, np.ndarray):
-                raise ValueError("an archive")
+            ids = np.lib.format.open_memmap(path, mode="r")  # nothing but an .npy file
         except Exception as error:  # a damaged header makes numpy raise many types
             raise UserError(f"{path}: missing, truncated or not an .npy file ({error}); make the "
                             "data again") from error
