@@ -60,9 +60,9 @@ def new_checkpoint(out: str, step: int, keep: int = 0, size: int = 0) -> Iterato
         shutil.rmtree(folder, ignore_errors=True)
         tmp.rename(folder)
         flush(folder.parent)
-    _, best = best_checkpoint(out) if keep else (None, None)
-    for old in checkpoints(out)[:-keep] if keep else []:
-        if old != best:
+    if keep:
+        _, best = best_checkpoint(out)
+        for old in {*checkpoints(out)[:-keep]} - {best}:
             shutil.rmtree(old)
 
 
@@ -73,12 +73,6 @@ def best_checkpoint(out: str) -> tuple[float, Path | None]:
              for _, row in read_log(Path(out) / "metrics.jsonl")
              if row["step"] in folders and row.get("val_loss", math.inf) < math.inf]
     return min(found, default=(math.inf, None))
-
-
-def best_note(out: str) -> str:
-    """The model to try next: the best checkpoint, or else the run."""
-    loss, best = best_checkpoint(out)
-    return out if best is None else f"{best}  # the lowest val_loss, {loss:.4f}"
 
 
 def bytes_of(model: torch.nn.Module) -> int:
@@ -116,13 +110,11 @@ def model_card(run: dict, meta: dict, row: dict) -> str:
                   if key != "shards" and isinstance(value, int)]
         shards = [f"    {shard['sha256']}  {shard['file']}" for shard in entry["files"]]
         data.append(f"{split}: {', '.join(counts)}; sha256:\n\n" + "\n".join(shards))
-    results = {key: value for key, value in row.items() if key == "loss" or key.startswith("val_")}
-    flags = {key: value for key, value in run.items() if key != "data_sha256"}
+    flags = [f"    {key}: {value}" for key, value in run.items() if key != "data_sha256"]
     return CARD.read_text("utf-8").format(
         name=Path(run["out"]).name, step=row["step"], steps=run["steps"], data="\n\n".join(data),
-        results=format_metrics(results), command=shlex.join(sys.argv),
-        flags="\n".join(f"    {key}: {value}" for key, value in flags.items()),
-        block_size=run["block_size"])
+        results=f"loss {row['loss']:.4f}  {format_metrics(row)}".rstrip(),
+        command=shlex.join(sys.argv), flags="\n".join(flags), block_size=run["block_size"])
 
 
 # ----- what a run is, and what it must satisfy ---------------------------------------------------
@@ -240,55 +232,55 @@ class Metrics:
     OUT/answers.jsonl, the answers of each evaluation if there are any."""
 
     def __init__(self, config, run: dict, steps_done: int, n_steps: int):
-        self.out, self.run, self.steps_done, self.n_steps = config.out, run, steps_done, n_steps
-        self.log_every, self.project = config.log_every, config.wandb
+        self.config, self.run, self.steps_done, self.n_steps = config, run, steps_done, n_steps
+        self.out, self.opened = Path(config.out), contextlib.ExitStack()
         self.file = self.answers = self.wandb = None
 
     def open(self) -> None:
-        """Write run.json, and open the file, truncated after the step that a run resumes from.
+        """Lock the folder, write run.json and open metrics.jsonl.
 
         The first row does this: a run that fails before it leaves no folder behind.
         """
-        out = Path(self.out)
-        out.mkdir(parents=True, exist_ok=True)
-        self.lock = lock(self.out, fcntl.LOCK_EX)
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.opened.enter_context(lock(self.config.out, fcntl.LOCK_EX))
         write_run_json(self.out, self.run)
-        self.file = open_log(out / "metrics.jsonl", self.steps_done)
-        if self.project:
+        self.file = self.open_log("metrics.jsonl")
+        if self.config.wandb:
             import wandb
 
-            name = Path(self.out).resolve().name
-            self.wandb = wandb.init(project=self.project, name=name, dir=self.out, config=self.run)
+            self.wandb = wandb.init(project=self.config.wandb, name=self.out.resolve().name,
+                                    dir=self.config.out, config=self.run)
+            self.opened.callback(self.wandb.finish)
+
+    def open_log(self, name: str):
+        """Open to append, truncated after the step that the run resumes from."""
+        path = self.out / name
+        kept = sum(len(line) for line, row in read_log(path) if row["step"] <= self.steps_done)
+        file = path.open("a", buffering=1, encoding="utf-8")  # line-buffered: written at once
+        file.truncate(kept)
+        return self.opened.enter_context(file)
 
     def write(self, row: dict) -> None:
-        with explain_write_errors(Path(self.out), "free some space and use --resume"):
+        row = dict(row)
+        with explain_write_errors(self.out, "free some space and use --resume"):
             if self.file is None:
                 self.open()
-            answers = row.get("val_answers", [])
-            if answers and self.answers is None:
-                self.answers = open_log(Path(self.out) / "answers.jsonl", self.steps_done)
-            for answer in answers:
+            for answer in row.pop("val_answers", []):
+                self.answers = self.answers or self.open_log("answers.jsonl")
                 answer = {"step": row["step"], **answer}
                 self.answers.write(json.dumps(answer, ensure_ascii=False) + "\n")
-            row = {key: value for key, value in row.items() if key != "val_answers"}
             self.file.write(json.dumps(row) + "\n")
         if self.wandb:
             self.wandb.log(row, step=row["step"])
         step, ends = row["step"], (self.steps_done + 1, self.n_steps)
-        if step in ends or step % self.log_every == 0 or "val_loss" in row:
+        if step in ends or step % self.config.log_every == 0 or "val_loss" in row:
             line = (f"step {step:>6}/{self.n_steps}  loss {row['loss']:.4f}  lr {row['lr']:.2e}  "
                     f"norm {row['grad_norm']:.2f}  {row['tokens_per_s']:,.0f} tok/s  ")
-            results = {key: value for key, value in row.items() if key.startswith("val_")}
-            tqdm.write((line + format_metrics(results)).rstrip())
+            tqdm.write((line + format_metrics(row)).rstrip())
             sys.stdout.flush()
 
     def close(self) -> None:
-        self.file.close()
-        self.lock.close()
-        if self.answers:
-            self.answers.close()
-        if self.wandb:
-            self.wandb.finish()
+        self.opened.close()
 
 
 def lock(out: str, kind: int):
@@ -326,25 +318,16 @@ def read_log(path: Path) -> Iterator[tuple[bytes, dict]]:
             yield line, row
 
 
-def open_log(path: Path, steps_done: int):
-    """Open a .jsonl file to append to, without its rows of later steps and without a half line."""
-    tmp = path.with_suffix(".tmp")
-    tmp.write_bytes(b"".join(line for line, row in read_log(path) if row["step"] <= steps_done))
-    flush(tmp)
-    tmp.rename(path)
-    return path.open("a", buffering=1, encoding="utf-8")  # line-buffered: written at once
+def format_metrics(row: dict) -> str:
+    """`name value` of each number of an evaluation."""
+    return "  ".join(f"{key} {value:.4f}" for key, value in row.items()
+                     if key.startswith("val_") and isinstance(value, float))
 
 
-def format_metrics(results: dict) -> str:
-    """`name value` of each number."""
-    return "  ".join(f"{key} {value:.4f}" for key, value in results.items()
-                     if isinstance(value, float))
-
-
-def write_run_json(out: str, run: dict) -> None:
+def write_run_json(out: Path, run: dict) -> None:
     """OUT/run.json: `run` (every flag and the data's sha256), and for each start of the run, the
     first one and every --resume, its command and versions."""
-    path = Path(out) / "run.json"
+    path = out / "run.json"
     try:
         starts = json.loads(path.read_text())["starts"]
     except (OSError, ValueError, KeyError):  # the first start, or a file damaged by a power loss
@@ -388,7 +371,9 @@ def finish(out: str, ranks, stopped: bool) -> None:
         ranks.print(f"stopped: {newest}; the same command with --resume continues the run")
     else:
         ranks.print(f"done: {newest} (peak memory of rank 0: {peak:.2f} GB)")
-        ranks.print(f"next: python chat.py --model {best_note(out)}")
+        loss, best = best_checkpoint(out)
+        why = f"  # the lowest val_loss, {loss:.4f}" if best else ""
+        ranks.print(f"next: python chat.py --model {best or out}{why}")
     ranks.finish()
     if stopped:
         sys.exit(ranks.stop.exit_code())
