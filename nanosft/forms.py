@@ -39,9 +39,6 @@ class Reading:
         return pairs
 
 
-BY_NAME = Reading()
-
-
 def split_pair(flag: str, item: str) -> tuple[str, str]:
     name, equals, value = item.partition("=")
     if not (name and equals):
@@ -98,29 +95,15 @@ class Form(NamedTuple):
 
     columns: tuple[str, ...]
     read: Callable
-    examples: tuple[dict, ...]
 
 
-USER, ASSISTANT = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
 FORMS = (
-    Form(("messages",), read_chat, (
-        {"messages": [USER, ASSISTANT]},
-        {"messages": '[{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]'},
-        {"messages": [{"role": "human", "content": [{"type": "text", "text": "Q"}]}, ASSISTANT]})),
-    Form(("conversations|conversation",), read_chat, (
-        {"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]},
-        {"conversation": [USER, ASSISTANT | {"weight": 1}]},
-        {"conversations": ["Q", "A"]})),
-    Form(("prompt", "response|completion"), read_pair, (
-        {"prompt": "Q", "response": "A"},
-        {"prompt": [USER], "completion": [ASSISTANT]})),
-    Form(("question|query|problem", "answer|response|solution"), read_pair, (
-        {"question": "Q", "answer": "A"},
-        {"problem": "Q", "solution": "A"})),
-    Form(("instruction", "output|response", "input|context"), read_pair, (
-        {"instruction": "Q", "input": "", "output": "A", "text": "Alpaca's own rendering"},
-        {"instruction": "Q", "context": None, "response": "A"})),
-    Form(("text",), read_text, ({"text": "plain text"},)),
+    Form(("messages",), read_chat),
+    Form(("conversations|conversation",), read_chat),
+    Form(("prompt", "response|completion"), read_pair),
+    Form(("question|query|problem", "answer|response|solution"), read_pair),
+    Form(("instruction", "output|response", "input|context"), read_pair),
+    Form(("text",), read_text),
 )
 SYSTEM_NAMES = ("system", "system_prompt")  # beside any form but {text}
 COLUMN_NAMES = {name for form in FORMS for slot in form.columns for name in slot.split("|")}
@@ -140,7 +123,7 @@ MEDIA = ("image", "images", "audio", "video", "videos")
 TREE_NAMES = {"role", "parent_id", "message_id", "message_tree_id"}
 
 
-def messages_of(row: dict, reading: Reading = BY_NAME, counts: Counts | None = None,
+def messages_of(row: dict, reading: Reading | None = None, counts: Counts | None = None,
                 ) -> list[dict] | str:
     """A row of any known form as messages, or the string of a `{text}` row. None means absent.
 
@@ -149,7 +132,7 @@ def messages_of(row: dict, reading: Reading = BY_NAME, counts: Counts | None = N
     """
     if not isinstance(row, dict):
         raise UserError(f"expected an object, not a {type(row).__name__}")
-    counts = Counts() if counts is None else counts
+    reading, counts = reading or Reading(), Counts() if counts is None else counts
     columns, left = map_columns(row, reading)
     form, names = find_form(frozenset(columns), frozenset(reading.mapping))
     refuse_by_name(columns, form)
@@ -170,13 +153,12 @@ def map_columns(row: dict, reading: Reading) -> tuple[dict, dict]:
         if column not in row:
             raise UserError(f"--columns {name}={column}: no such column; there are "
                             f"{show(sorted(row))}")
-    mapped = {name: row[column] for name, column in reading.mapping.items()}
-    used = {*reading.mapping.values(), *reading.ignore}
-    columns = {name: value for name, value in row.items() if name not in used | mapped.keys()}
-    left = {name: row[name] for name in row if name in reading.ignore or name in mapped}
-    left = {name: value for name, value in left.items() if name not in reading.mapping.values()}
-    return tuple({name: value for name, value in part.items() if value is not None}
-                 for part in (columns | mapped, left))
+    given = {name: value for name, value in row.items() if value is not None}
+    mapped = {name: given[column] for name, column in reading.mapping.items() if column in given}
+    columns = {name: given[name] for name in given if name not in reading.mapping.values()}
+    unused = {*reading.mapping, *reading.ignore}
+    left = {name: columns.pop(name) for name in [*columns] if name in unused}
+    return columns | mapped, left
 
 
 @functools.lru_cache(maxsize=1024)
@@ -270,13 +252,10 @@ def with_system(messages: list[dict], columns: dict) -> list[dict]:
         return messages
     if not isinstance(columns[name], str):
         raise UserError(f"`{name}` is {show(columns[name])}, not a string")
-    system = {"role": "system", "content": columns[name]}
-    if messages and messages[0]["role"] == "system":
-        if messages[0]["content"] != columns[name]:
-            return messages  # two different ones: `check_unused` names the column
-        messages = messages[1:]
-    del columns[name]
-    return [system, *messages]
+    own = [turn["content"] for turn in messages[:1] if turn["role"] == "system"]
+    if own and own != [columns[name]]:
+        return messages  # two different ones: `check_unused` names the column
+    return [{"role": "system", "content": columns.pop(name)}, *messages[len(own) :]]
 
 
 def check_unused(left: dict, messages: list[dict] | str, reading: Reading, counts: Counts) -> None:

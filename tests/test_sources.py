@@ -100,7 +100,26 @@ def test_txt_is_cut_at_a_newline_between_visible_characters(tmp_path):
 # ----- a row as messages -------------------------------------------------------------------------
 
 
-EXAMPLES = [row for form in FORMS for row in form.examples if form.columns != ("text",)]
+FORM_EXAMPLES = {  # columns of a form: rows of that form, all the same conversation
+    ("messages",): [
+        {"messages": [QUESTION, ANSWER]},
+        {"messages": '[{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]'},
+        {"messages": [{"role": "human", "content": [{"type": "text", "text": "Q"}]}, ANSWER]}],
+    ("conversations|conversation",): [
+        {"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]},
+        {"conversation": [QUESTION, ANSWER | {"weight": 1}]},
+        {"conversations": ["Q", "A"]}],
+    ("prompt", "response|completion"): [
+        {"prompt": "Q", "response": "A"},
+        {"prompt": [QUESTION], "completion": [ANSWER]}],
+    ("question|query|problem", "answer|response|solution"): [
+        {"question": "Q", "answer": "A"},
+        {"problem": "Q", "solution": "A"}],
+    ("instruction", "output|response", "input|context"): [
+        {"instruction": "Q", "input": "", "output": "A", "text": "Alpaca's own rendering"},
+        {"instruction": "Q", "context": None, "response": "A"}],
+}
+EXAMPLES = [row for rows in FORM_EXAMPLES.values() for row in rows]
 
 
 @pytest.mark.parametrize("row", [
@@ -122,6 +141,7 @@ def test_every_known_form_is_the_same_conversation(row, bytes_encoding):
 
 
 def test_readme_of_the_data_lists_each_form():
+    assert {form.columns for form in FORMS} == {*FORM_EXAMPLES, ("text",)}
     readme = (ROOT / "data/README.md").read_text()
     for form in FORMS:
         assert "`{" + ", ".join(form.columns) + "}`" in readme.replace(r"\|", "|")
