@@ -2,7 +2,6 @@
 
 import collections
 import concurrent.futures
-import hashlib
 import itertools
 import json
 import logging
@@ -37,11 +36,9 @@ def parse_source(source: str, subset: str | None = None) -> Source:
     >>> parse_source("openai/gsm8k:main:test*2")
     Source(name='openai/gsm8k', config='main', split='test', repeats=2)
     """
-    if Path(source).exists():
-        return Source(source, subset, "train", 1)
-    whole, star, repeats = source.rpartition("*")
-    if not star:
-        whole, repeats = source, "1"
+    whole, repeats = source, "1"
+    if "*" in source and not Path(source).exists():
+        whole, _, repeats = source.rpartition("*")
     if not repeats.isdecimal() or int(repeats) < 1:
         raise UserError(f"{source}: *{repeats} must be *1 or more; leave the source out to read "
                         "none of it")
@@ -76,16 +73,16 @@ def read_sources(sources: Iterable[str], reading: Reading, counts: Counts,
     for source in sources:
         for place, row in read_rows(source, reading.subset):
             require_shallow(place, row)
-            found = [value_text(row, column) for column, _ in wanted]
+            found = [(column, value_text(row, column)) for column, _ in wanted]
             first = first or (place, found, row)
-            if found == [value for _, value in wanted] or not isinstance(row, dict):
+            if found == wanted or not isinstance(row, dict):
                 n_kept += 1
                 yield place, row
             else:
                 counts["where", "left out by --where"] += 1
     if first and not n_kept:
         place, found, row = first
-        values = ", ".join(f"{column}={text}" for (column, _), text in zip(wanted, found))
+        values = ", ".join(map("=".join, found))
         raise UserError(f"--where {' '.join(reading.where)} leaves none of the rows; {place} has "
                         f"{show(values)} and the columns {show(sorted(row))}")
 
@@ -98,9 +95,9 @@ def value_text(row: dict, column: str) -> str:
 
 def read_rows(source: str, subset: str | None = None) -> Iterator[tuple[str, dict]]:
     """(place, row) of a .jsonl, .json or .parquet file, a folder of them, or a hub dataset."""
+    readers = {".jsonl": read_jsonl, ".json": read_json, ".parquet": read_parquet}
     parsed = parse_source(source, subset)
-    path, readers = Path(parsed.name), {".jsonl": read_jsonl, ".json": read_json,
-                                        ".parquet": read_parquet}
+    path = Path(parsed.name)
     for _ in range(parsed.repeats):
         if path.is_dir():
             yield from read_hub(source, parsed)
@@ -219,7 +216,7 @@ class Report:
 
     def __init__(self):
         self.counts, self.bad = Counts(), []
-        self.hashes = {split: (array("Q"), array("Q")) for split in ("train", "val")}
+        self.hashes = {split: (array("q"), array("q")) for split in ("train", "val")}
 
     def reject(self, errors: list[tuple[str, str]]) -> None:
         """errors: (place, message)."""
@@ -231,13 +228,11 @@ class Report:
         self.counts["source", source] += 1
         n_prompt = int(np.argmax(example[1] > 0)) or example.shape[1]  # a {text} row: all of it
         for hashes, part in zip(self.hashes[split], (example, example[0, :n_prompt])):
-            digest = hashlib.blake2b(part.tobytes(), digest_size=8).digest()
-            hashes.append(int.from_bytes(digest, "little"))
+            hashes.append(hash(part.tobytes()))
 
     def of(self, kind: str) -> dict[str, int]:
         """{name: rows} of one kind, most first."""
-        found = [(name, n) for (of, name), n in self.counts.most_common() if of == kind]
-        return dict(found)
+        return {name: n for (of, name), n in self.counts.most_common() if of == kind}
 
     def check_splits(self, splits: dict[str, dict], config) -> None:
         """UserError if a split is empty, with the reason. config: that of sft_data.py."""
@@ -247,16 +242,13 @@ class Report:
                 continue
             why = f"all {n_bad} rows were rejected; first: {self.bad[0]}" if n_bad else "no rows"
             if name == "val" and not config.val_source:
-                n = splits["train"].get("examples", 0)
-                why = f"--val_fraction {config.val_fraction} of {n} rows"
+                why = f"--val_fraction {config.val_fraction} of {splits['train']['examples']} rows"
             raise UserError(f"the {name} split is empty ({why}); change --source, --val_source or "
                             "--val_fraction")
 
     def copies(self) -> tuple[int, int]:
         """(examples that repeat an earlier one; validation prompts that occur in training)."""
-        (train, prompts), (val, val_prompts) = (
-            [np.array(hashes, np.uint64) for hashes in self.hashes[split]]
-            for split in ("train", "val"))
+        (train, prompts), (val, val_prompts) = self.hashes["train"], self.hashes["val"]
         n_distinct = len(np.unique(np.concatenate([train, val])))
         return len(train) + len(val) - n_distinct, int(np.isin(val_prompts, prompts).sum())
 
@@ -302,8 +294,7 @@ def ordered_map(work: Callable, chunks: Iterable, workers: int, *args) -> Iterat
         yield from (work(chunk, *args) for chunk in chunks)
         return
     # fork inherits the loaded vocabulary; elsewhere each process loads its own
-    methods = multiprocessing.get_all_start_methods()
-    context = multiprocessing.get_context("fork" if "fork" in methods else "spawn")
+    context = multiprocessing.get_context("fork" if hasattr(os, "fork") else "spawn")
     with concurrent.futures.ProcessPoolExecutor(
             workers, context, start_worker, (os.getpid(),)) as pool:
         waiting = collections.deque()
