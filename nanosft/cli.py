@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
+import torch.distributed as dist
+
 from nanosft.process import end_with
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -129,13 +131,11 @@ def is_first_to_report(message: str) -> bool:
 
     If the store cannot be reached, every rank reports: repeated lines are better than none.
     """
-    from torch.distributed import TCPStore
-
     address, port = os.environ.get("MASTER_ADDR", "localhost"), os.environ.get("MASTER_PORT", 29500)
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
     try:
         timeout = datetime.timedelta(seconds=5)
-        store = TCPStore(address, int(port), is_master=False, timeout=timeout)
+        store = dist.TCPStore(address, int(port), is_master=False, timeout=timeout)
         return store.add(f"nanosft error, attempt {attempt}: {message}", 1) == 1
     except RuntimeError:  # torch.distributed.DistError is a subclass
         return True
@@ -143,7 +143,5 @@ def is_first_to_report(message: str) -> bool:
 
 def is_lost_rank(error: RuntimeError) -> bool:
     """Is this how NCCL or Gloo reports that another rank is gone?"""
-    from torch.distributed import DistError
-
     gloo = "gloo" in str(error).lower() or "Connection closed by peer" in str(error)
-    return isinstance(error, DistError) or gloo
+    return isinstance(error, dist.DistError) or gloo
