@@ -251,23 +251,20 @@ class GPT(nn.Module):
         end = min(max(lengths) + max_new_tokens, self.config.block_size)
         cache = Cache(lengths, end, self.config, self.lm_head.weight)
         x, decoder = self._prefill(prompts, cache), fast.Decoder(self)  # x (B, C)
-        # of each unfinished row: its prompt's number, tokens in the cache, tokens it may still add
-        rows, budgets = list(range(len(prompts))), [max_new_tokens] * len(prompts)
-        while True:
-            alive = [i for i, (n, left) in enumerate(zip(lengths, budgets))
-                     if left > 0 and n < self.config.block_size]
-            if not alive:
-                return
+        # of each unfinished row: its prompt's number, and how many tokens it may still add
+        rows = list(range(len(prompts)))
+        budgets = [min(max_new_tokens, self.config.block_size - n) for n in lengths]
+        while any(budgets):
+            alive = [i for i, left in enumerate(budgets) if left]
             if len(alive) < len(rows):  # continue with the unfinished rows only
+                rows, budgets = [rows[i] for i in alive], [budgets[i] for i in alive]
                 x = x[alive]
-                rows, lengths, budgets = ([a[i] for i in alive] for a in (rows, lengths, budgets))
-                cache.keep(alive, lengths)
+                cache.keep(alive)
             logits = decoder.head(x)[:, : self.config.n_vocab].float()  # (B, n_vocab)
             tokens = sample(logits, temperature, top_k, top_p, sampler)  # (B,)
             new = tokens.tolist()
             yield list(zip(rows, new))
             budgets = [0 if token in stop_ids else left - 1 for token, left in zip(new, budgets)]
-            lengths = [n + 1 for n in lengths]
             if any(budgets):
                 x = decoder(tokens, cache)
 
@@ -277,13 +274,11 @@ class GPT(nn.Module):
         Prompts are padded on the right, where causal attention never looks; each new token takes
         the place of a padding key before any later token could attend to it.
         """
-        device, lengths = self.lm_head.weight.device, [len(prompt) for prompt in prompts]
-        idx = torch.zeros(len(prompts), max(lengths), dtype=torch.long)  # (B, T)
-        for row, prompt in enumerate(prompts):
-            idx[row, : len(prompt)] = torch.as_tensor(prompt)
+        ids = [torch.as_tensor(prompt, dtype=torch.long) for prompt in prompts]
+        idx = nn.utils.rnn.pad_sequence(ids, batch_first=True).to(cache.lengths.device)  # (B, T)
         attends = [functools.partial(cache.prefill, layer) for layer in range(self.config.n_layer)]
-        x = self._blocks(idx.to(device), torch.arange(max(lengths), device=device), attends)
-        return x[torch.arange(len(prompts)), torch.tensor(lengths) - 1]
+        x = self._blocks(idx, torch.arange(idx.size(1), device=idx.device), attends)  # (B, T, C)
+        return x[cache.rows, cache.lengths - 1]
 
 
 def isolated_positions(segments: Tensor) -> Tensor:
@@ -313,15 +308,16 @@ class Cache:
     def __init__(self, lengths: list[int], end: int, config: GPTConfig, like: Tensor):
         shape = (len(lengths), 2, config.n_head, end, config.n_embd // config.n_head)
         self.kv = [like.new_zeros(shape) for _ in range(config.n_layer)]
-        self.keep(slice(None), lengths)
+        self.lengths = torch.tensor(lengths, device=like.device)
+        self.keep(slice(None))
 
-    def keep(self, rows: slice | list[int], lengths: list[int]) -> None:
-        """Keep only these rows, whose lengths are `lengths`."""
-        self.kv = [kv[rows] for kv in self.kv]
-        self.lengths, self.longest = torch.tensor(lengths).to(self.kv[0].device), max(lengths)
-        self.rows = torch.arange(len(lengths), device=self.lengths.device)
+    def keep(self, rows: slice | list[int]) -> None:
+        """Keep only these rows."""
+        self.kv, self.lengths = [kv[rows] for kv in self.kv], self.lengths[rows]
+        self.rows = torch.arange(len(self.lengths), device=self.lengths.device)
+        shortest, self.longest = self.lengths.min().item(), self.lengths.max().item()
         self.mask = None  # all rows have the same length
-        if min(lengths) < self.longest:  # (B, 1, 1, end), 0 where a row may attend, else -inf
+        if shortest < self.longest:  # (B, 1, 1, end), 0 where a row may attend, else -inf
             column = torch.arange(self.kv[0].size(3), device=self.lengths.device)
             unseen = (column >= self.lengths[:, None])[:, None, None]
             self.mask = self.kv[0].new_zeros(unseen.shape).masked_fill(unseen, -math.inf)
