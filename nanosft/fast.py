@@ -49,8 +49,7 @@ def attention_within(segments: Tensor, device: torch.device, head_size: int):
     beats the dense mask, as for many short segments.
     """
     B, T = segments.shape
-    starts = torch.ones_like(segments, dtype=torch.bool)
-    starts[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    starts = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)  # (B, T)
     if device.type == "cuda" and has_varlen(device, head_size, torch.is_autocast_enabled("cuda")):
         return Varlen(starts, device)
     if device.type == "cpu":
@@ -71,11 +70,10 @@ def has_varlen(device: torch.device, head_size: int, is_half: bool) -> bool:
             head_size % 8 or head_size > 256,
         "--dtype bfloat16": not is_half,
     }
-    for need in (need for need, is_missing in reasons.items() if is_missing):
-        if os.environ.get("RANK", "0") == "0":
-            print(f"isolated attention falls back to a dense mask: the varlen kernel needs {need}")
-        return False
-    return True
+    needs = [need for need, is_missing in reasons.items() if is_missing]
+    if needs and os.environ.get("RANK", "0") == "0":
+        print(f"isolated attention falls back to a dense mask: the varlen kernel needs {needs[0]}")
+    return not needs
 
 
 class Looped:
@@ -103,7 +101,7 @@ class Varlen:
 
     def __init__(self, starts: Tensor, device: torch.device):
         offsets = starts.flatten().nonzero().flatten()
-        offsets = torch.cat([offsets, offsets.new_tensor([starts.numel()])])  # (segments + 1,)
+        offsets = F.pad(offsets, (0, 1), value=starts.numel())  # (segments + 1,)
         self.offsets = send(offsets.int(), device)
         self.longest = starts.size(1)  # an upper bound is enough
 
@@ -176,9 +174,7 @@ class SummedCrossEntropy(torch.autograd.Function):
                     else:
                         d_head += p.T @ h_n
             if needs_grad:
-                d_hidden = torch.cat(d_hidden) if d_hidden else torch.zeros_like(h)
-                ctx.grads = d_hidden.to(hidden.dtype), d_head
-        ctx.mark_non_differentiable(hits)
+                ctx.grads = torch.cat(d_hidden).to(hidden.dtype), d_head
         return loss_sum, hits
 
     @staticmethod
