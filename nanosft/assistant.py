@@ -76,16 +76,15 @@ def cut_prompt(ids: list[int], room: int, block_size: int, where: str) -> list[i
 
 # name -> pattern whose first group is the answer
 EXTRACTIONS = {
-    "whole": re.compile(r"\s*(\S.*?)\s*", re.DOTALL),
     "gsm8k": re.compile(r".*####\s*\$?(-?[\d.,]*\d)\.?\s*", re.DOTALL),
     "answer": re.compile(r".*</think>\s*<answer>(.*?)</answer>\s*", re.DOTALL),
+    "whole": re.compile(r"\s*(\S.*?)\s*", re.DOTALL),
 }
 
 
 def extraction_for(reference: str) -> str:
-    """The first of gsm8k and answer that fits a reference answer, else whole."""
-    fits = (name for name in ("gsm8k", "answer") if EXTRACTIONS[name].fullmatch(reference))
-    return next(fits, "whole")
+    """The first extraction that fits a reference answer."""
+    return next((how for how in EXTRACTIONS if extract(reference, how) is not None), "whole")
 
 
 def extract(text: str, how: str) -> str | None:
