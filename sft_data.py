@@ -32,22 +32,8 @@ from nanosft.assistant import (
 from nanosft.cli import UserError, require_at_least, require_choice, run_cli
 from nanosft.forms import Counts, Reading, messages_of
 from nanosft.memory import require_row
-from nanosft.shards import (
-    Shards,
-    ShardWriter,
-    find_examples,
-    loss_on_all,
-    new_folder,
-    write_meta,
-)
-from nanosft.sources import (
-    Report,
-    check_apart,
-    chunked,
-    mark_validation,
-    ordered_map,
-    read_sources,
-)
+from nanosft.shards import Shards, ShardWriter, find_examples, loss_on_all, new_folder, write_meta
+from nanosft.sources import Report, check_apart, chunked, mark_validation, ordered_map, read_sources
 from packing import LAYOUTS, Plan, plan_rows as plan_rows
 from tokenizer import get_encoding, render, render_text
 
@@ -270,42 +256,36 @@ def iterate_batches(dataset: Dataset, batch_size: int, shuffle: bool) -> DataLoa
 # ----- chats to shards ---------------------------------------------------------------------------
 
 
-def render_rows(chunk: list[tuple[str, dict]], config: Config,
-                ) -> tuple[np.ndarray, list[int], list[str], list[tuple], Counts]:
-    """One chunk: its examples as uint16 (2, n), the length and source of each, and what is wrong.
-
-    The errors are (place, message); the counts are those of `messages_of`.
-    """
+def render_rows(chunk: list[tuple[str, dict]], config: Config) -> tuple[list, list, Counts]:
+    """One chunk: (example as uint16 (2, n), its source) of each good row, (place, error) of each
+    bad one, and the counts of `messages_of`."""
     encoding, counts = get_encoding(config.encoding), Counts()
-    all_ids, all_weights, lengths, sources, errors = [], [], [], [], []
+    examples, errors = [], []
     for place, row in chunk:
         try:
             messages = messages_of(row, config, counts)
             if isinstance(messages, str):
-                ids, weights = render_text(encoding, messages)
+                ids_and_weights = render_text(encoding, messages)
             else:
-                ids, weights = render(encoding, messages, config.template, config.train_on)
+                ids_and_weights = render(encoding, messages, config.template, config.train_on)
         except UserError as error:
             errors.append((place, str(error)))
-            continue
-        all_ids += ids
-        all_weights += weights
-        lengths.append(len(ids))
-        sources.append(place.rsplit(" ", 2)[0])  # without "line 7"
-    return np.array([all_ids, all_weights], np.uint16), lengths, sources, errors, counts
+        else:
+            source = place.rsplit(" ", 2)[0]  # without "line 7"
+            examples.append((np.array(ids_and_weights, np.uint16), source))
+    return examples, errors, counts
 
 
 def read_examples(config: Config, sources: Iterable[str], report: Report) -> Iterator[tuple]:
     """(example as (2, n), its source), in order; bad rows are counted, or raise (--on_bad_row)."""
     rows = read_sources(sources, config, report.counts)
     chunks = chunked(rows, lambda row: 1, ROWS_A_CHUNK)
-    done = ordered_map(render_rows, chunks, config.workers, config)
-    for tokens, lengths, names, errors, counts in done:
+    for examples, errors, counts in ordered_map(render_rows, chunks, config.workers, config):
         report.reject(errors)
         if errors and config.on_bad_row == "error":
             raise UserError(f"{report.bad[0]}  (use --on_bad_row skip to leave out such rows)")
         report.counts.update(counts)
-        yield from zip(np.split(tokens, np.cumsum(lengths)[:-1], axis=1), names)
+        yield from examples
 
 
 def write_splits(config: Config, folder: Path, report: Report) -> dict[str, dict]:
@@ -316,16 +296,14 @@ def write_splits(config: Config, folder: Path, report: Report) -> dict[str, dict
     counts = {name: Counts() for name in names}
     for part, sources in (("train", config.source), ("val", config.val_source)):
         examples = itertools.islice(read_examples(config, sources, report), config.max_examples)
-        share = fraction if part == "train" else 0
-        bar = tqdm(desc=part, unit="ex", unit_scale=True, disable=None)  # None: TTY only
-        for (example, source), is_val in mark_validation(examples, share, config.seed):
+        marked = mark_validation(examples, fraction if part == "train" else 0, config.seed)
+        bar = tqdm(marked, part, unit="ex", unit_scale=True, disable=None)  # None: TTY only
+        for (example, source), is_val in bar:
             split = "val" if is_val else part
             writers[split].add(example)
             trained = int(np.count_nonzero(example[1]))
             counts[split].update(examples=1, trained_tokens=trained)
             report.keep(split, source, example)
-            bar.update()
-        bar.close()
     return {name: writers[name].finish(**counts[name]) for name in names}
 
 
