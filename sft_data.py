@@ -120,38 +120,34 @@ class SFTDataset(Dataset):
         self.shards = Shards(data, split, "sft")
         self.meta = self.shards.meta
         self.eot = get_encoding(self.meta["encoding"]).eot_token
-        # of each example in use: its index in the data, its first token, its length
+        # of each example in the data: its first token, its length
         self.starts, self.full_lengths = find_examples(self.shards, self.eot)
-        self.numbers = np.arange(len(self.starts))
+        n = len(self.starts)
+        self.numbers = np.arange(n)  # the indices of the examples in use
         if examples is not None:
-            chosen = itertools.islice(examples, len(self.starts))
-            self._keep([number for number in chosen if number < len(self.starts)])
+            chosen = itertools.islice(examples, n)
+            self.numbers = np.array([number for number in chosen if number < n], np.int64)
         self.n_truncated = self.n_dropped = 0
         if layout != "stream":
             self._drop_overlong(overlong)
-        self.lengths = self.full_lengths
-        if layout != "stream" and self.n_truncated:
-            self.lengths = np.minimum(self.lengths, np.int32(block_size + 1))
+        self.lengths = self.full_lengths[self.numbers]
+        if self.n_truncated:
+            self.lengths = self.lengths.clip(max=block_size + 1)
         if not len(self.lengths):
             raise UserError(f"--data {data}: no example of {split} fits; raise --block_size")
         self._plan, self._planned_epoch = None, None
 
-    def _keep(self, examples: Sequence[int]) -> None:
-        keep = np.asarray(examples, dtype=np.int64)
-        self.numbers, self.starts, self.full_lengths = (
-            array[keep] for array in (self.numbers, self.starts, self.full_lengths))
-
     def _drop_overlong(self, overlong: str) -> None:
         """Count the examples longer than a row; drop those that would keep no trained target."""
         limit = self.block_size + 1
-        long = np.flatnonzero(self.full_lengths > limit)
+        long = self.numbers[self.full_lengths[self.numbers] > limit]
         if len(long) and overlong == "error":
-            raise UserError(f"example {self.numbers[long[0]]} of {self.data} has "
-                            f"{self.full_lengths[long[0]]} tokens, a row {limit}; raise "
-                            "--block_size or choose --overlong truncate")
+            raise UserError(f"example {long[0]} of {self.data} has {self.full_lengths[long[0]]} "
+                            f"tokens, a row {limit}; raise --block_size or choose --overlong "
+                            "truncate")
         dropped = [e for e in long if overlong == "drop" or not self._is_trained(e, limit)]
         self.n_dropped, self.n_truncated = len(dropped), len(long) - len(dropped)
-        self._keep(np.delete(np.arange(len(self.starts)), dropped))
+        self.numbers = self.numbers[~np.isin(self.numbers, dropped)]
 
     def _is_trained(self, example: int, limit: int) -> bool:
         """Is there a trained target among the first `limit` ids? The first id is never one."""
@@ -186,14 +182,15 @@ class SFTDataset(Dataset):
         """
         pieces = []
         for segment, (example, start, stop) in enumerate(self.plan[i]):
-            begin = int(self.starts[example])
+            number = self.numbers[example]
+            begin = int(self.starts[number])
             ids, weights = self.shards[begin + start : begin + stop].astype(np.int64)  # (n,) each
             if self.loss_on == "all":
                 weights = loss_on_all(*self.shards[begin : begin + stop], self.eot)[start:]
             if self.isolate or self.layout != "stream":
                 weights[0] = 0  # never train across an example boundary
             segment = np.full_like(ids, segment if self.isolate else 0)
-            pieces.append([ids, weights, segment, np.full_like(ids, self.numbers[example])])
+            pieces.append([ids, weights, segment, np.full_like(ids, number)])
         return np.concatenate(pieces, axis=1)
 
     def filler(self) -> dict[str, Tensor]:
@@ -221,15 +218,16 @@ class SFTDataset(Dataset):
     def prompts(self, n: int) -> list[tuple[list[int], list[int]]]:
         """(prompt, reference answer) of the first n examples, as ids, without the end token."""
         found = []
-        for begin, length in zip(self.starts[:n].tolist(), self.full_lengths[:n].tolist()):
-            ids, weights = self.shards[begin : begin + length]
-            trained = np.flatnonzero(weights)
-            if len(trained) and trained[0] > 0:  # a `{text}` row has no prompt
-                first, offsets = trained[0], trained - np.arange(len(trained))
+        for number in self.numbers[:n]:
+            begin = int(self.starts[number])
+            ids, weights = self.shards[begin : begin + int(self.full_lengths[number])]
+            is_trained = np.append(weights > 0, False)  # False ends the last span
+            first = is_trained.argmax()
+            if first:  # a `{text}` row has no prompt
                 # the first unbroken span of trained ids
-                answer = ids[first : first + np.count_nonzero(offsets == first)]
-                answer = answer[: -1 if answer[-1] >= self.eot else None]
-                found.append((ids[:first].tolist(), answer.tolist()))
+                answer = ids[first : first + is_trained[first:].argmin()].tolist()
+                answer = answer[:-1] if answer[-1] >= self.eot else answer
+                found.append((ids[:first].tolist(), answer))
         return found
 
     def fill(self) -> float:

@@ -148,8 +148,8 @@ def summary(dataset, i: int, columns: list[Column]) -> str:
 
 def border(dataset, i: int, example: int, width: int) -> str:
     """The line above an example, with its length and, if it is cut, the part in this row."""
-    piece, start, stop = next(p for p in dataset.plan[i] if dataset.numbers[p[0]] == example)
-    length = dataset.full_lengths[piece]
+    start, stop = next(p[1:] for p in dataset.plan[i] if dataset.numbers[p[0]] == example)
+    length = dataset.full_lengths[example]
     part = f"{length}" if stop - start == length else f"[{start}:{stop}] of its {length}"
     return f"--- example {example}, {part} tokens ".ljust(width, "-")
 
@@ -293,7 +293,7 @@ def print_report(splits: dict[str, dict], report: Report, open_rows: Callable) -
               f"{share:6.1%} trained  {split['shards']} shard(s)")
     stream = open_rows("stream")
     levels = (0, 10, 50, 90, 99, 100)
-    marks = np.percentile(stream.full_lengths, levels)
+    marks = np.percentile(stream.lengths, levels)
     print("length  " + "  ".join(f"p{p} {mark:.0f}" for p, mark in zip(levels, marks)))
     print(f"rows of --block_size {stream.block_size}:")
     print("  layout       rows    fill  examples/row  truncated  dropped")
