@@ -25,10 +25,7 @@ from tqdm import tqdm
 
 from model import IGNORE_INDEX
 from nanosft import viewer
-from nanosft.assistant import (
-    load_assistant,
-    tokenize_prompt_and_output as tokenize_prompt_and_output,
-)
+from nanosft.assistant import tokenize_prompt_and_output as tokenize_prompt_and_output
 from nanosft.cli import UserError, require_at_least, require_choice, run_cli
 from nanosft.forms import Counts, Reading, messages_of
 from nanosft.memory import require_row
@@ -347,11 +344,12 @@ def show(config: Config) -> None:
         raise UserError(f"--show {config.show} must be at least 1, and needs --data, a folder made "
                         "with --source and --out")
     open_rows = row_opener(config, config.data, config.split)
-    assistant = load_assistant(config.model) if config.model else None
+    rows = open_rows(config.layout)
+    assistant = viewer.load_reader(config.model, rows) if config.model else None
     if config.html:
-        viewer.write_page(config.html, config.show, open_rows, config.layout, assistant)
+        viewer.write_page(config.html, config.show, rows, open_rows, assistant)
     else:
-        viewer.print_rows(config.show, open_rows(config.layout), assistant)
+        viewer.print_rows(config.show, rows, assistant)
 
 
 def main(config: Config) -> None:

@@ -14,7 +14,6 @@ import copy
 import json
 import os
 import sys
-import unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -23,7 +22,7 @@ import numpy as np
 import torch
 
 from model import isolated_positions
-from nanosft.assistant import Assistant
+from nanosft.assistant import Assistant, load_assistant
 from nanosft.cli import UserError, one_line
 from nanosft.sources import Report
 from packing import LAYOUTS
@@ -59,15 +58,13 @@ def token_text(encoding, token: int, keep: str = "") -> str:
     >>> [token_text(get_encoding("bytes"), byte) for byte in (65, 10, 27, 92, 0xC3)]
     ['A', '\\n', '\\x1b', '\\\\', '\\xc3']
     """
+
+    def escaped(c: str) -> str:  # \x is for ASCII and for bytes: U+0085 is not the byte 85
+        return repr(c)[1:-1] if c.isascii() else f"\\u{ord(c):04x}"
+
     raw = encoding.decode_single_token_bytes(token)
     text = raw.replace(b"\\", rb"\\").decode("utf-8", "backslashreplace")
     return "".join(c if c.isprintable() or c in keep else escaped(c) for c in text)
-
-
-def escaped(character: str) -> str:
-    r"""\x is reserved for ASCII and for bytes: U+0085 is not the byte 85."""
-    code = ord(character)
-    return character.encode("unicode_escape").decode() if code < 128 else f"\\u{code:04x}"
 
 
 def quoted(encoding, token: int) -> str:
@@ -76,17 +73,24 @@ def quoted(encoding, token: int) -> str:
     return text if token >= encoding.eot_token else f"'{text}'"
 
 
-def padded(text: str, width: int) -> str:
-    """Pad to `width` terminal columns: wide characters take two, combining marks none."""
-    wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)
-    accents = sum(unicodedata.category(c) in ("Mn", "Me") for c in text)
-    return text + " " * (width - len(text) - wide + accents)
-
-
 # ----- a row as columns --------------------------------------------------------------------------
 
 
-def columns_of(dataset, i: int, assistant: Assistant | None = None) -> list[Column]:
+def load_reader(name: str, dataset) -> Assistant:
+    """The model of --model. UserError if it cannot read the rows."""
+    assistant, encoding = load_assistant(name), dataset.meta["encoding"]
+    limit = assistant.model.config.block_size
+    if assistant.encoding.name != encoding:
+        raise UserError(f"--model has the encoding {assistant.encoding.name}, but --data "
+                        f"{dataset.data} has {encoding}; choose a model trained on this encoding")
+    if dataset.block_size > limit:
+        raise UserError(f"--block_size {dataset.block_size} is above the {limit} of --model; lower "
+                        "--block_size")
+    return assistant
+
+
+@torch.no_grad()
+def columns_of(dataset, i: int, assistant: Assistant | None) -> list[Column]:
     """Row i without its padding.
 
     Ids (258, 104, 259, 121, 260) of one example become four columns, the first 258 -> 104.
@@ -99,29 +103,10 @@ def columns_of(dataset, i: int, assistant: Assistant | None = None) -> list[Colu
     fields = [ids[:-1], ids[1:], weights[1:], weights_all[1:], segments[:-1],
               positions[0, :-1].numpy(), examples[:-1]]
     if assistant:
-        fields.append(guesses(dataset, i, assistant)[: len(ids) - 1])
+        row = dataset[i]
+        logits = assistant.model(row["input_ids"][None], segments=row["segments"][None])
+        fields.append(logits[0, : len(ids) - 1].argmax(-1).numpy())  # of (1, T, V)
     return [Column(*values) for values in np.stack(fields, axis=1).tolist()]
-
-
-@torch.no_grad()
-def guesses(dataset, i: int, assistant: Assistant) -> np.ndarray:
-    """(T,) the model's most likely next id at each position of row i."""
-    model, encoding, _ = assistant
-    row = dataset[i]
-    logits = model(row["input_ids"][None], segments=row["segments"][None])  # (1, T, V)
-    n_vocab = min(model.config.n_vocab, encoding.n_vocab)
-    return logits[0, :, :n_vocab].argmax(-1).numpy()
-
-
-def check_fit(dataset, assistant: Assistant) -> None:
-    """UserError if the model cannot read the rows."""
-    name, limit = dataset.meta["encoding"], assistant.model.config.block_size
-    if assistant.encoding.name != name:
-        raise UserError(f"--model has the encoding {assistant.encoding.name}, but --data "
-                        f"{dataset.data} has {name}; choose a model trained on this encoding")
-    if dataset.block_size > limit:
-        raise UserError(f"--block_size {dataset.block_size} is above the {limit} of --model; lower "
-                        "--block_size")
 
 
 # ----- rows as text ------------------------------------------------------------------------------
@@ -160,7 +145,7 @@ def row_lines(dataset, i: int, columns: list[Column], encoding) -> Iterator[tupl
     width = min(WIDEST, max(map(len, tokens), default=0))
 
     def cell(token: int) -> str:
-        return f"{padded(quoted(encoding, token), width)} {token:>5}"
+        return f"{quoted(encoding, token):{width}} {token:>5}"
 
     head = (f"{'column':>6} {'position':>8} {'example':>7}  {'input':{width + 6}}"
             f"  {'target':{width + 6}}  weight  state  ")
@@ -170,7 +155,7 @@ def row_lines(dataset, i: int, columns: list[Column], encoding) -> Iterator[tupl
     for at, column in enumerate(columns):
         if at == 0 or column.example != columns[at - 1].example:
             yield "border", border(dataset, i, column.example, len(head))
-        target = cell(column.target) if column.weight else padded("ignored", width + 6)
+        target = cell(column.target) if column.weight else f"{'ignored':{width + 6}}"
         state = "trained" if column.weight else "context"
         line = (f"{at:>6} {column.position:>8} {column.example:>7}  {cell(column.input)}  {target}"
                 f"  {column.weight:>5}%  {state}")
@@ -184,10 +169,8 @@ def row_lines(dataset, i: int, columns: list[Column], encoding) -> Iterator[tupl
 
 def print_rows(n: int, dataset, assistant: Assistant | None) -> None:
     """The first n rows to standard output, in color on a terminal unless NO_COLOR is set."""
-    if assistant:
-        check_fit(dataset, assistant)
     color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")  # https://no-color.org
-    codec = getattr(sys.stdout, "encoding", None) or "utf-8"  # may not cover all of Unicode
+    codec = sys.stdout.encoding or "utf-8"  # may not cover all of Unicode
     encoding = get_encoding(dataset.meta["encoding"])
 
     def put(style: str, line: str) -> None:
@@ -218,20 +201,19 @@ def page_tokens(columns: list[Column], block_size: int, encoding) -> list[list]:
     return tokens + [["", 0, "", 0, 0, 0, -1, 0, -1]] * (block_size - len(columns))
 
 
-def page_layouts(n: int, open_rows: Callable, layout: str, assistant: Assistant | None) -> dict:
-    """The first n rows of `layout`, and only the examples of those rows in the other layouts.
+def page_layouts(n: int, dataset, open_rows: Callable, assistant: Assistant | None) -> dict:
+    """The first n rows of `dataset`, and only the examples of those rows in the other layouts.
 
     The counts beside each layout are those of the whole split.
     """
-    dataset, layouts = open_rows(layout), {}
-    encoding = get_encoding(dataset.meta["encoding"])
+    encoding, layouts = get_encoding(dataset.meta["encoding"]), {}
     chosen = [columns_of(dataset, i, assistant) for i in range(min(n, len(dataset)))]
     examples = sorted({column.example for columns in chosen for column in columns})
     for name in LAYOUTS:
         rows = chosen
         try:
             whole = open_rows(name)
-            if name != layout:
+            if name != dataset.layout:
                 alone = open_rows(name, examples=examples)
                 rows = [columns_of(alone, i, assistant) for i in range(len(alone))]
         except UserError:  # no example has a trained token in a row of this layout
@@ -245,12 +227,9 @@ def page_layouts(n: int, open_rows: Callable, layout: str, assistant: Assistant 
     return layouts
 
 
-def write_page(path: str, n: int, open_rows: Callable, layout: str,
+def write_page(path: str, n: int, dataset, open_rows: Callable,
                assistant: Assistant | None) -> None:
-    """mask.html with the first n rows of `layout`."""
-    dataset = open_rows(layout)
-    if assistant:
-        check_fit(dataset, assistant)
+    """mask.html with the first n rows of `dataset`."""
     save_page("--html", path, PAGE, {
         "title": f"{dataset.data}, {dataset.split}",
         "encoding": dataset.meta["encoding"],
@@ -258,8 +237,8 @@ def write_page(path: str, n: int, open_rows: Callable, layout: str,
         "block_size": dataset.block_size,
         "isolate": dataset.isolate,
         "loss_on": dataset.loss_on,
-        "layouts": page_layouts(n, open_rows, layout, assistant),
-        "layout": layout,
+        "layouts": page_layouts(n, dataset, open_rows, assistant),
+        "layout": dataset.layout,
     })
     print(f"{path}: {min(n, len(dataset))} of {len(dataset):,} rows; open it in a browser")
 
