@@ -218,7 +218,7 @@ class GPT(nn.Module):
         state = weight_files.read_tensors(folder, model.state_dict())
         model.load_state_dict(state, assign=True)
         model.lm_head.weight = model.transformer.wte.weight
-        return model.requires_grad_(True)
+        return model
 
     def save_pretrained(self, folder: str | Path, **settings) -> None:
         """Write model.safetensors and config.json, with `settings` as extra keys of the latter."""

@@ -306,8 +306,6 @@ def prepare(config: Config) -> None:
     """Turn --source into shards and meta.json, and print a report."""
     if not 0 <= config.val_fraction < 1:
         raise UserError(f"--val_fraction {config.val_fraction} must be at least 0 and less than 1")
-    require_at_least(config, 1, "workers", "shard_tokens", "block_size", "max_examples")
-    require_at_least(config, 0, "seed")
     require_row(config.block_size)
     check_apart(config.source, config.val_source, config.subset)
     encoding = get_encoding(config.encoding)
@@ -338,8 +336,6 @@ def row_opener(config: Config, data: str, split: str) -> Callable[..., SFTDatase
 
 def show(config: Config) -> None:
     """--show N: the first N rows of --data as text or, with --html, as a page."""
-    require_at_least(config, 0, "seed")
-    require_at_least(config, 1, "block_size")
     if config.show < 1 or not config.data:
         raise UserError(f"--show {config.show} must be at least 1, and needs --data, a folder made "
                         "with --source and --out")
@@ -353,6 +349,8 @@ def show(config: Config) -> None:
 
 
 def main(config: Config) -> None:
+    require_at_least(config, 1, "workers", "shard_tokens", "block_size", "max_examples")
+    require_at_least(config, 0, "seed")
     if config.show:
         show(config)
     elif config.source and config.out:
