@@ -332,12 +332,13 @@ def write_run_json(out: Path, run: dict) -> None:
         starts = json.loads(path.read_text())["starts"]
     except (OSError, ValueError, KeyError):  # the first start, or a file damaged by a power loss
         starts = []
-    packages = ("torch", "numpy", "tiktoken", "safetensors")
+    packages = ("numpy", "tiktoken", "safetensors")
     starts.append({
         "command": shlex.join(sys.argv),
         "world_size": int(os.environ.get("WORLD_SIZE", 1)),
         "git_commit": git_commit(),
         "python": platform.python_version(),
+        "torch": torch.__version__,  # names the CUDA version, too
         **{name: importlib.metadata.version(name) for name in packages},
     })
     tmp = path.with_suffix(".tmp")
