@@ -1,7 +1,7 @@
 """Does this GPU compute what a CPU computes in float32? Run it before a long run on a new machine.
 
-    python -m tests.check_gpu                       # a minute or two
-    python -m tests.check_gpu --device cpu --no_compile   # a rehearsal without a GPU
+    python -m tests.check_gpu                                                       # minutes
+    python -m tests.check_gpu --device cpu --n_layer 2 --n_embd 64 --block_size 256   # a rehearsal
 
 Both trainers take 20 steps of a small model on the CPU in float32, then on the GPU: in float32
 (with TF32), in bfloat16, compiled, resumed, and on two ranks where there are two GPUs. The losses
