@@ -71,8 +71,8 @@ def check_messages(messages: list[dict]) -> None:
     """UserError unless: [system], then user and assistant alternating, with string contents."""
     if not isinstance(messages, list) or not messages:
         raise UserError("messages must be a non-empty list")
-    system = isinstance(messages[0], dict) and messages[0].get("role") == "system"
-    roles = itertools.chain(["system"] * system, itertools.cycle(["user", "assistant"]))
+    has_system = isinstance(messages[0], dict) and messages[0].get("role") == "system"
+    roles = itertools.chain(["system"] * has_system, itertools.cycle(["user", "assistant"]))
     for i, (message, role) in enumerate(zip(messages, roles)):
         if not isinstance(message, dict) or not isinstance(message.get("content"), str):
             raise UserError(f"message {i} has no `content` string")
@@ -87,12 +87,12 @@ def check_messages(messages: list[dict]) -> None:
         if percent_of(message) and message.get("weight") is not None and role != "assistant":
             raise UserError(f"message {i}: weight {message['weight']} on a {role} message; only "
                             "assistant messages are trained")
-    if len(messages) == system:
+    if has_system and len(messages) == 1:
         raise UserError("there is only a system message; add a user message")
 
 
 def percent_of(message: dict) -> int:
-    """The message's loss weight as an integer percent, at least 1 if positive. Default: 100."""
+    """The message's loss weight as an integer percent, at least 1 if positive; default: 100."""
     weight = message.get("weight")
     weight = 1 if weight is None else weight
     if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight <= 1:
@@ -100,15 +100,15 @@ def percent_of(message: dict) -> int:
     return max(1, round(100 * weight)) if weight > 0 else 0
 
 
-# ----- templates: segments are (text, is_special, loss weight in percent) ------------------------
+# ----- templates: a rendered part is (text, is_special, loss weight in percent) ------------------
 
 
-def joined(message: dict) -> str:
-    """A user message with its Alpaca `input`, if any, after a blank line."""
+def content_of(message: dict) -> str:
+    """The content and, after a blank line, a user message's Alpaca `input`, if any."""
     return "\n\n".join(part for part in (message["content"], message.get("input")) if part)
 
 
-def prompt_segments(messages: list[dict], template: str) -> list[tuple[str, bool, int]]:
+def prompt_parts(messages: list[dict], template: str) -> list[tuple[str, bool, int]]:
     """The prompt: everything up to where the answer to the last user message begins."""
     if template == "alpaca":
         if len(messages) != 1:
@@ -118,19 +118,19 @@ def prompt_segments(messages: list[dict], template: str) -> list[tuple[str, bool
         text = ALPACA_WITH_INPUT if messages[0].get("input") else ALPACA
         fields = {"content": messages[0]["content"], "input": messages[0].get("input")}
         return [(text.format(**fields), False, 0)]
-    segments = []
+    parts = []
     for message in messages:
         percent = percent_of(message) if message["role"] == "assistant" else 0
         if template == "raw":
-            segments.append((joined(message), False, percent))
+            parts.append((content_of(message), False, percent))
         else:
-            segments.append((f"<|{message['role']}|>", True, 0))
-            segments.append((joined(message), False, percent))
-            segments.append(("<|end|>", True, percent))
-    return segments + ([("<|assistant|>", True, 0)] if template == "chat" else [])
+            parts.append((f"<|{message['role']}|>", True, 0))
+            parts.append((content_of(message), False, percent))
+            parts.append(("<|end|>", True, percent))
+    return parts + ([("<|assistant|>", True, 0)] if template == "chat" else [])
 
 
-def answer_segments(message: dict, template: str) -> list[tuple[str, bool, int]]:
+def answer_parts(message: dict, template: str) -> list[tuple[str, bool, int]]:
     """The last answer and its end token, trained as well: the model must learn to stop."""
     percent = percent_of(message)
     if template == "chat":
@@ -140,11 +140,11 @@ def answer_segments(message: dict, template: str) -> list[tuple[str, bool, int]]
     return [(message["content"], False, percent), *ends]
 
 
-def encode(encoding: tiktoken.Encoding, segments: list) -> tuple[list[int], list[int]]:
-    """Encode each segment separately, so no BPE merge crosses from prompt to answer."""
+def encode(encoding: tiktoken.Encoding, parts: list) -> tuple[list[int], list[int]]:
+    """Encode each part separately, so no BPE merge crosses from prompt to answer."""
     ids, weights = [], []
-    for text, special, percent in segments:
-        new = [encoding.encode_single_token(text)] if special else encoding.encode_ordinary(text)
+    for text, is_special, percent in parts:
+        new = [encoding.encode_single_token(text)] if is_special else encoding.encode_ordinary(text)
         ids += new
         weights += [percent] * len(new)
     return ids, weights
@@ -165,12 +165,12 @@ def render(encoding: tiktoken.Encoding, messages: list[dict], template: str = "c
         raise UserError(f"the last message has role {answer['role']!r}, expected 'assistant'")
     if train_on == "last_turn":
         context = [message | {"weight": 0} for message in context]
-    before = prompt_segments(context, template)
-    return encode(encoding, before + answer_segments(answer, template))
+    prompt = prompt_parts(context, template)
+    return encode(encoding, prompt + answer_parts(answer, template))
 
 
 def render_text(encoding: tiktoken.Encoding, text: str) -> tuple[list[int], list[int]]:
-    """A `{text}` row: plain text, all of it trained, as in pretraining."""
+    """A row of plain text, `{"text": …}`: all of it is trained, as in pretraining."""
     return encode(encoding, [(text, False, 100), (END_OF_TEXT, True, 100)])
 
 
@@ -186,4 +186,4 @@ def render_prompt(encoding: tiktoken.Encoding, messages: list[dict],
         messages = messages[:-1]
     if messages[-1]["role"] != "user":
         raise UserError("there is no user message to answer")
-    return encode(encoding, prompt_segments(messages, template))[0]
+    return encode(encoding, prompt_parts(messages, template))[0]
