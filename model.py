@@ -103,7 +103,7 @@ class Block(nn.Module):
 class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
-        memory.require_weights(config)
+        memory.require_weights(config)  # UserError before allocating what cannot fit
         self.config = config
         self.transformer = nn.ModuleDict({
             "wte": nn.Embedding(config.vocab_size, config.n_embd),
@@ -117,7 +117,7 @@ class GPT(nn.Module):
 
     def _init_weights(self) -> None:
         """Source: openai/gpt-2, src/model.py (0.02; positions 0.01; biases 0), and the paper's
-        section 2.3: projections into the residual stream scaled by 1/sqrt(number of them)."""
+        section 2.3: projections into the residual stream scaled by 1/sqrt(their number)."""
         for name, p in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(p)
@@ -159,7 +159,7 @@ class GPT(nn.Module):
         return self._blocks(fast.send(idx, device), positions, [attend] * self.config.n_layer)
 
     def _blocks(self, idx: Tensor, positions: Tensor, attends: list[Callable]) -> Tensor:
-        """attends: one per layer, because in generation each layer attends to its own Cache."""
+        """attends: one per layer, because in generation each layer has its own keys and values."""
         x = self.transformer.wte(idx) + self.transformer.wpe(positions)  # (B, T, C)
         for block, attend in zip(self.transformer.h, attends):
             # if compiled, block() is for training only: evaluation and generation have so many
@@ -168,9 +168,9 @@ class GPT(nn.Module):
         return self.transformer.ln_f(x)
 
     def logits(self, x: Tensor) -> Tensor:
-        """x (..., C) -> (..., V); the padding ids, from n_vocab on, get probability zero.
+        """x (..., C) -> (..., V); the unused ids, from n_vocab on, get probability zero.
 
-        The product has all V rows, because a slice of the head would misalign it on a GPU.
+        It multiplies by all V rows of the head: a slice would be misaligned, so slow, on a GPU.
         """
         logits = self.lm_head(x)
         logits[..., self.config.n_vocab :] = -math.inf
@@ -181,18 +181,18 @@ class GPT(nn.Module):
     def loss_and_hits(self, x: Tensor, targets: Tensor, weights: Tensor | None = None,
                       ) -> tuple[Tensor, Tensor]:
         """x (B, T, C), targets and weights (B, T) -> the sum of weight * nll, a float32 scalar, and
-        how many targets are the most likely id (counted only with gradients off; 0 in training).
+        the hits: how many targets are the most likely id (not counted, 0, while training).
 
         By definition this is
 
-            counts = targets != IGNORE_INDEX  # (B, T), N of them True
-            logits, targets = self.logits(x[counts]), targets[counts]  # (N, V), (N,)
+            kept = targets != IGNORE_INDEX  # (B, T), N of them True
+            logits, targets = self.logits(x[kept]), targets[kept]  # (N, V), (N,)
             nll = F.cross_entropy(logits, targets, reduction="none")
-            return (weights[counts] * nll).sum(), (logits.argmax(1) == targets).sum()
+            return (weights[kept] * nll).sum(), (logits.argmax(1) == targets).sum()
 
         but nanosft/fast.py computes it in chunks and never materializes the (N, V) logits.
         """
-        at = (targets.flatten() != IGNORE_INDEX).nonzero()[:, 0]  # (N,)
+        at = (targets.flatten() != IGNORE_INDEX).nonzero()[:, 0]  # (N,) indices
         targets = targets.flatten()[at]
         weights = torch.ones(len(at)) if weights is None else weights.flatten()[at]
         at, targets, weights = (fast.send(t, x.device) for t in (at, targets, weights))
@@ -250,10 +250,10 @@ class GPT(nn.Module):
         sampler = torch.Generator(self.lm_head.weight.device).manual_seed(seed)
         end = min(max(lengths) + max_new_tokens, self.config.block_size)
         cache = Cache(lengths, end, self.config, self.lm_head.weight)
-        x, decoder = self._prefill(prompts, cache), fast.Decoder(self)  # x (B, C)
-        # of each unfinished row: its prompt's number, and how many tokens it may still add
-        rows = list(range(len(prompts)))
-        budgets = [min(max_new_tokens, self.config.block_size - n) for n in lengths]
+        x = self._prefill(prompts, cache)  # (B, C), at the last token of each prompt
+        decoder = fast.Decoder(self)  # the same network, for one token per row
+        rows = list(range(len(prompts)))  # the prompt index of each unfinished row
+        budgets = [min(max_new_tokens, self.config.block_size - n) for n in lengths]  # tokens left
         while any(budgets):
             alive = [i for i, left in enumerate(budgets) if left]
             if len(alive) < len(rows):  # continue with the unfinished rows only
@@ -269,10 +269,10 @@ class GPT(nn.Module):
                 x = decoder(tokens, cache)
 
     def _prefill(self, prompts: Sequence[Sequence[int]], cache: "Cache") -> Tensor:
-        """Fill the cache; returns (B, C) at the last token of each prompt.
+        """Fill the cache; return (B, C), at the last token of each prompt.
 
-        Prompts are padded on the right, where causal attention never looks; each new token takes
-        the place of a padding key before any later token could attend to it.
+        Prompts are padded on the right, where causal attention never looks; each new token replaces
+        a padding key before any token could attend to it.
         """
         ids = [torch.as_tensor(prompt, dtype=torch.long) for prompt in prompts]
         idx = nn.utils.rnn.pad_sequence(ids, batch_first=True).to(cache.lengths.device)  # (B, T)
@@ -301,15 +301,15 @@ def isolated_mask(segments: Tensor) -> Tensor:
 class Cache:
     """The keys and values of all layers during generation; row i is filled up to lengths[i].
 
-    kv[layer] (B, 2, n_head, end, hs) holds zeros where nothing was written: masked entries must be
-    finite, too.
+    kv[layer] (B, 2, n_head, end, hs) holds zeros where nothing was written: a masked NaN would
+    still reach the output.
     """
 
     def __init__(self, lengths: list[int], end: int, config: GPTConfig, like: Tensor):
         shape = (len(lengths), 2, config.n_head, end, config.n_embd // config.n_head)
         self.kv = [like.new_zeros(shape) for _ in range(config.n_layer)]
         self.lengths = torch.tensor(lengths, device=like.device)
-        self.keep(slice(None))
+        self.keep(slice(None))  # all rows; sets rows, longest and mask
 
     def keep(self, rows: slice | list[int]) -> None:
         """Keep only these rows."""
