@@ -80,18 +80,18 @@ class Config:
     save_every: int = 1000
     """steps between checkpoints; 0: only at the end"""
     keep: int = 0
-    """keep only this many of the latest checkpoints, and the lowest val_loss; 0: all"""
+    """keep only this many of the latest checkpoints, plus that with the lowest val_loss; 0: all"""
     log_every: int = 10
     """steps between printed lines (metrics.jsonl has every step)"""
     wandb: str | None = None
-    """also log to this project of Weights & Biases (pip install wandb)"""
+    """also log to this Weights & Biases project (pip install wandb)"""
     device: str = "auto"
     """auto, cuda, mps or cpu"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """of matrix products; weights stay float32. auto: bfloat16 on GPUs that support it;
     CPUs without bfloat16 instructions emulate it, many times slower"""
     dist_timeout: float = 10
-    """minutes that a rank waits for the others; must be longer than saving a checkpoint"""
+    """minutes that a rank waits for the others; must exceed the time to save a checkpoint"""
     compile: bool = False
     """torch.compile the blocks: slower to start, faster steps on a GPU"""
 
@@ -111,10 +111,10 @@ class MicroBatch(NamedTuple):
 
     def weight_percent(self) -> int:
         """Sum of the target weights in integer percent: the same in any order of summation."""
-        counts = self.y != IGNORE_INDEX
+        is_trained = self.y != IGNORE_INDEX  # (B, T)
         if self.weights is None:
-            return 100 * int(counts.sum())
-        return int((self.weights[counts] * 100).round().sum(dtype=torch.float64))
+            return 100 * int(is_trained.sum())
+        return int((self.weights[is_trained] * 100).round().sum(dtype=torch.float64))
 
 
 class TokenRows(Dataset):
@@ -171,7 +171,7 @@ def load_steps(rows: Dataset, config: Config, ranks: Ranks, done: int,
     rows of a step depend neither on the number of ranks nor on B. When an epoch's last step runs
     out of rows, filler rows keep all ranks in sync.
     """
-    B, R = config.batch_size, config.rows_per_step  # R is a multiple of world_size * B
+    B, R = config.batch_size, config.rows_per_step  # R is a multiple of world_size * B: check_flags
     for global_step in itertools.count(done):
         rows.epoch, step = divmod(global_step, steps_per_epoch(rows, config))  # step of the epoch
         starts = range(step * R + ranks.rank * B, (step + 1) * R, B * ranks.world_size)
@@ -183,8 +183,8 @@ def load_steps(rows: Dataset, config: Config, ranks: Ranks, done: int,
 
 
 def eval_batches(val: Dataset, config: Config, ranks: Ranks) -> Iterator[MicroBatch]:
-    """This rank's share of --eval_tokens of the validation split, in evenly spaced rows: in
-    `bucket`, the first ones would be the shortest."""
+    """This rank's share of --eval_tokens of the validation split, in evenly spaced rows, because
+    the first ones would be the shortest in `bucket`."""
     n = min(len(val), max(1, config.eval_tokens // config.block_size))
     mine = [(2 * i + 1) * len(val) // (2 * n) for i in range(ranks.rank, n, ranks.world_size)]
     for at in range(0, len(mine), config.batch_size):
@@ -224,8 +224,8 @@ def forward_text(model, x, y, weights=None, segments=None) -> tuple[Tensor, Tens
 
 
 def count_step(micro_batches: list[MicroBatch], ranks: Ranks) -> Tensor:
-    """(4,) int64 over all ranks: the targets' weight in percent, tokens, trained tokens, and
-    whether any rank was asked to stop."""
+    """(4,) int64, summed over all ranks: the targets' weight in percent, tokens, trained tokens,
+    and requests to stop."""
     counts = torch.tensor([0, 0, 0, ranks.stop.asked()])
     for batch in micro_batches:
         trained = int((batch.y != IGNORE_INDEX).sum())
@@ -241,7 +241,7 @@ def train_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer,
 
     The mean is over the whole step, so its divisor must be known before the first backward pass:
     dividing each micro-batch by its own count would give tokens of short answers more weight.
-    meanwhile() is called while the device works.
+    meanwhile() runs while the device works: `train` prepares the next rows there.
     """
     counts = count_step(micro_batches, ranks)
     total_weight = torch.where(counts[0] > 0, counts[0] / 100, 1.0)
@@ -259,11 +259,11 @@ def train_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer,
 
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
     meanwhile()
-    _, tokens, trained, ranks.stop.agreed = counts.tolist()
-    loss, norm = torch.stack([loss, norm]).tolist()  # the step's only wait for the device
+    _, tokens, trained, ranks.stop.agreed = counts.tolist()  # the step's only wait for the device
+    loss, norm = torch.stack([loss, norm]).tolist()
     for group in optimizer.param_groups:
         group["lr"] = lr
-    if math.isfinite(loss + norm):  # no other number reaches the weights; `train` stops the run
+    if math.isfinite(loss + norm):  # otherwise the weights stay and `train` stops the run
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return {"loss": loss, "lr": lr, "grad_norm": norm, "tokens": tokens, "trained_tokens": trained}
@@ -275,12 +275,12 @@ def evaluate(model: GPT, batches: Iterable[MicroBatch], ranks: Ranks) -> dict[st
     dtype = torch.float32 if ranks.device.type == "mps" else torch.float64  # mps has no float64
     sums = torch.zeros(4, dtype=dtype, device=ranks.device)  # loss, hits, weight, targets
     for x, y, weights, segments, _ in batches:
-        counts = y != IGNORE_INDEX  # (B, T)
-        weight = counts.sum() if weights is None else weights[counts].sum()
+        is_trained = y != IGNORE_INDEX  # (B, T)
+        weight = is_trained.sum() if weights is None else weights[is_trained].sum()
         with ranks.autocast():
-            found = model.loss_and_hits(model.hidden(x, segments), y, weights)
-        counted = fast.send(torch.stack([weight, counts.sum()]), ranks.device)
-        sums += torch.cat([torch.stack(found), counted])
+            loss_and_hits = model.loss_and_hits(model.hidden(x, segments), y, weights)
+        counts = fast.send(torch.stack([weight, is_trained.sum()]), ranks.device)
+        sums += torch.cat([torch.stack(loss_and_hits), counts])
     loss, hits, weight, targets = ranks.sum(sums).tolist()
     return {"val_loss": loss / max(weight, 1e-9), "val_accuracy": hits / max(targets, 1)}
 
@@ -289,7 +289,7 @@ def evaluate(model: GPT, batches: Iterable[MicroBatch], ranks: Ranks) -> dict[st
 
 
 def make_model(config: Config, meta: dict) -> GPT:
-    """From --init's weights, or from scratch with the data's vocabulary."""
+    """The model that --init names, or a new one with the data's vocabulary."""
     if config.init != "scratch":
         return GPT.from_pretrained(config.init)
     torch.manual_seed(config.seed)
@@ -400,20 +400,21 @@ def train(config: Config, open_rows: Callable, forward: Callable, judge: Callabl
     ranks.print(f"start  {checkpoint.format_metrics(assess())}")
     ranks.stop.listen(config.max_minutes)
     log = checkpoint.Metrics(config, run, done, n_steps) if ranks.is_main else None
-    # a checkpoint's tokenizer; chat.py reads these two in its config.json
-    names = {key: rows.meta[key] for key in ("encoding", "template") if key in rows.meta}
-    micro_batches = fast.Ahead(load_steps(rows, config, ranks, done), n_steps - done)
+    # they select the checkpoint's tokenizer files; chat.py finds them in its config.json
+    rendering = {key: rows.meta[key] for key in ("encoding", "template") if key in rows.meta}
+    steps = fast.Prefetcher(load_steps(rows, config, ranks, done), n_steps - done)
     clock = time.perf_counter()
     for step in tqdm(range(done + 1, n_steps + 1), initial=done, total=n_steps, unit="step",
-                     leave=False, disable=None if ranks.is_main else True):  # None: TTY only
-        batches, lr = next(micro_batches), get_lr(step - 1, n_steps, config)
+                     leave=False, disable=None if ranks.is_main else True):  # None: on a TTY
+        batches, lr = next(steps), get_lr(step - 1, n_steps, config)
         metrics = {"step": step} | train_step(model, optimizer, batches, lr, config.grad_clip,
-                                              ranks, forward, meanwhile=micro_batches.fetch)
+                                              ranks, forward, meanwhile=steps.fetch)
         metrics["dt"] = time.perf_counter() - clock
         metrics["tokens_per_s"] = metrics["tokens"] / metrics["dt"]
         if not math.isfinite(metrics["loss"] + metrics["grad_norm"]):
             raise finite.bad_step(metrics, batches, rows, config, gpt, forward, ranks)
-        saves = is_due(step, config.save_every, step if ranks.stop.agreed else n_steps)
+        last = step if ranks.stop.agreed else n_steps
+        saves = is_due(step, config.save_every, last)
         if saves or is_due(step, config.eval_every, n_steps):
             finite.require_usable(step, batches[0], gpt, forward, ranks)
         if is_due(step, config.eval_every, n_steps):
@@ -423,7 +424,7 @@ def train(config: Config, open_rows: Callable, forward: Callable, judge: Callabl
             log.write(metrics)
         if log and saves:
             card = checkpoint.model_card(run, rows.meta, metrics)
-            save_checkpoint(config.out, step, gpt, optimizer, run, config.keep, card, **names)
+            save_checkpoint(config.out, step, gpt, optimizer, run, config.keep, card, **rendering)
         if ranks.stop.agreed:
             break
 
@@ -432,8 +433,8 @@ def train(config: Config, open_rows: Callable, forward: Callable, judge: Callabl
     checkpoint.finish(config.out, ranks, step < n_steps)
 
 
-def is_due(step: int, every: int, n_steps: int) -> bool:
-    return step == n_steps or (every > 0 and step % every == 0)
+def is_due(step: int, every: int, last: int) -> bool:
+    return step == last or (every > 0 and step % every == 0)
 
 
 # ----- pretraining -------------------------------------------------------------------------------

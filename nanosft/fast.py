@@ -1,6 +1,6 @@
 """The same results, faster: attention within segments, the summed loss, one decoding step.
 
-Each has a plain definition of a few lines in model.py, and tests that the two agree. `Ahead` and
+Each has a plain definition of a few lines in model.py; tests compare the two. `Prefetcher` and
 `send` keep a GPU from idling while its rows are prepared.
 """
 
@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK_BYTES = {"cpu": 50 << 20, "cuda": 1 << 30}  # of logits held at once in the loss; LOG.md
-LOOP_FROM = 4096  # mean segment length * T from which a loop over segments beats a mask; LOG.md
+CHUNK_BYTES = {"cpu": 50 << 20, "cuda": 1 << 30}  # of logits held at once in the loss; cpu: LOG.md
+LOOP_FROM = 4096  # mean segment length * T from which a loop over segments beats a mask: LOG.md
 
 
-class Ahead:
+class Prefetcher:
     """The first n items of an iterator; `fetch` prepares the next one while the device works."""
 
     def __init__(self, items: Iterator, n: int):
@@ -43,10 +43,10 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def attention_within(segments: Tensor, device: torch.device, head_size: int):
-    """Equal to scaled_dot_product_attention(q, k, v, attn_mask=isolated_mask(segments)).
+    """A function equal to scaled_dot_product_attention with attn_mask=isolated_mask(segments), or
+    None if nothing here beats that dense mask, as for many short segments.
 
-    segments (B, T), preferably on the CPU, else on the device of q, k and v; None if nothing here
-    beats the dense mask, as for many short segments.
+    segments (B, T), preferably on the CPU, else on the device of q, k and v.
     """
     B, T = segments.shape
     starts = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)  # (B, T)
@@ -135,10 +135,9 @@ def summed_cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor, weights:
 
 
 class SummedCrossEntropy(torch.autograd.Function):
-    """One chunk of rows at a time; its gradient is computed while its logits are in memory.
+    """Only one chunk of the (N, V) logits exists at a time: forward computes its gradient, too.
 
-    So only one chunk of the (N, V) logits exists at a time. Softmax and sums are float32, whatever
-    the dtype of the matmuls.
+    Softmax and sums are float32, whatever the dtype of the matmuls.
     """
 
     @staticmethod
@@ -189,15 +188,15 @@ class SummedCrossEntropy(torch.autograd.Function):
 
 # ----- generation: one token of each row ---------------------------------------------------------
 
-MOST_ROWS = 32  # from there on F.linear is as fast; LOG.md
-SLICES = 16  # of a matrix in its product with one row: enough for as many cores
+MAX_ROWS = 32  # with more, F.linear is as fast: LOG.md
+SLICES = 16  # of the weight in its product with a single row: work for up to 16 cores
 
 
 class Decoder:
     """The network for one token of each row, (B,) ids -> (B, C); then `head`, (B, C) -> (B, V).
 
-    Equal to the blocks called with the cache's attention. But a step computes so little that the
-    overhead of modules would show, and with so few rows F.linear is slow.
+    Equal to GPT's blocks with the cache's attention. But a step computes so little that module
+    overhead would show, and F.linear is slow for so few rows.
     """
 
     def __init__(self, gpt):
@@ -235,7 +234,7 @@ class FewRows:
         self.slices = self.weight.view(n, -1, self.weight.size(1)).mT  # (n, C, O / n)
 
     def __call__(self, x: Tensor) -> Tensor:
-        if x.is_cuda or len(x) > MOST_ROWS:
+        if x.is_cuda or len(x) > MAX_ROWS:
             return F.linear(x, self.weight, self.bias)
         if len(x) == 1:
             y = torch.bmm(x.expand(len(self.slices), 1, -1), self.slices).view(1, -1)

@@ -129,7 +129,7 @@ def measure_steps(config, path: str, c, rows, forward: Callable, profile: bool =
     ranks = train_gpt2.setup_distributed(c.device, dtype=c.dtype)
     gpt, optimizer, _ = train_gpt2.new_or_resumed(c, ranks, rows.meta, {})
     model, n = train_gpt2.wrap(gpt, c, ranks), warmup(config) + config.steps + profile
-    ahead, spent = fast.Ahead(train_gpt2.load_steps(rows, c, ranks, 0), n), []
+    ahead, spent = fast.Prefetcher(train_gpt2.load_steps(rows, c, ranks, 0), n), []
 
     def fetch() -> None:
         clock = time.perf_counter()
