@@ -1,12 +1,12 @@
-"""Which pieces of which examples share a row of T tokens: the four layouts.
+"""Which pieces of which examples share a row of T = block_size tokens: the four layouts.
 
-    stream  |aaaaabbb|bbcccccc|   concatenated, cut where a row ends, as in pretraining
-    fit     |aaaaa...|bbbbbccc|   whole examples, rows as full as possible
-    pad     |aaaaa...|bbbbb...|   one example per row
-    bucket  |aaaaa|bbbbb| |cc|    one example per row, rows of similar length in the same step
+    stream  |aaaaabbb|bbccc...|            concatenated, cut where a row ends, as in pretraining
+    fit     |aaaaa...|bbbbbccc|            whole examples, rows as full as possible
+    pad     |aaaaa...|bbbbb...|ccc.....|   one example per row
+    bucket  |aaaaa|bbbbb|  |ccc|           one example per row, similar lengths in the same step
 
-Pure functions of the example lengths, which include the <|endoftext|>. A row takes T + 1 ids: T
-inputs, and T targets shifted by one.
+Pure functions of the example lengths, which include the <|endoftext|>. A row takes up to T + 1 ids,
+which become T inputs and, shifted by one, T targets.
 """
 
 import collections
@@ -22,7 +22,7 @@ LAYOUTS = ("stream", "fit", "pad", "bucket")
 def plan_rows(lengths: Sequence[int], block_size: int, layout: str, seed: int | None = 0,
               epoch: int = 0, rows_per_step: int = 1, drop_last: bool = False,
               ) -> list[list[tuple[int, int, int]]]:
-    """All rows of an epoch: lists of pieces (example, start, stop), block_size + 1 ids at most.
+    """All rows of an epoch: lists of pieces (example, start, stop) of at most T + 1 ids in total.
 
     seed None keeps the order of the data. drop_last drops a short last row of `stream`.
     UserError: an example is too long for a layout that never cuts.
@@ -54,7 +54,7 @@ class Plan:
         elif layout == "bucket":
             order = bucket(self.lengths, order, rows_per_step, rng)
         self.order = order.astype(np.int32)
-        # both count tokens of the concatenation
+        # both are positions in the concatenation
         self.ends = np.cumsum(self.lengths[order], dtype=np.int64)  # (n,) where each example ends
         self.cuts = np.append(0, self.ends[np.cumsum(sizes) - 1])  # (rows + 1,)
         self.shared = 0  # ids that a row shares with the next one
@@ -104,7 +104,7 @@ def bucket(lengths: np.ndarray, order: np.ndarray, rows_per_step: int, rng) -> n
 
 
 def fit(lengths: np.ndarray, order: np.ndarray, capacity: int, rng) -> tuple:
-    """Pack by length alone, assign examples to the packed lengths, shuffle the rows.
+    """Pack by length alone, assign examples to the packed lengths, shuffle rows and examples.
 
     Returns (the examples row by row, the number of examples in each row). Without rng, rows and
     examples keep the order of the data as far as packing allows.
@@ -113,7 +113,8 @@ def fit(lengths: np.ndarray, order: np.ndarray, capacity: int, rng) -> tuple:
     packed = np.empty(len(slots), np.int64)  # (n,) examples, row by row
     # the k-th shortest slot takes the k-th shortest example
     packed[np.argsort(slots, kind="stable")] = order[np.argsort(lengths[order], kind="stable")]
-    row = np.repeat(np.arange(len(sizes)), sizes)  # (n,) the row of each
+    row = np.repeat(np.arange(len(sizes)), sizes)  # (n,) the row of each example
+    # where each row goes, and what sorts the examples within a row
     if rng is None:
         first = np.full(len(sizes), len(packed))  # the first example of each row
         np.minimum.at(first, row, packed)
@@ -143,7 +144,7 @@ def pack_lengths(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.nda
         filling = [longest, *nearest_subset(left, capacity - longest)]
         left[longest] += 1
         used = collections.Counter(filling)
-        times = min(left[length] // n for length, n in used.items())  # repeat it while it lasts
+        times = min(left[length] // n for length, n in used.items())  # repeat it while they last
         for length, n in used.items():
             left[length] -= n * times
             if not left[length]:
