@@ -1,11 +1,11 @@
-"""Text corpora to shards of uint16 token ids: the pretraining data of GPT-2.
+"""Text corpora to shards of uint16 token ids, the data of train_gpt2.py.
 
     python fineweb.py --out data/fineweb                                  # FineWeb-Edu from the hub
     python fineweb.py --source a.txt b.jsonl --encoding bytes --out data/mine   # your own files
 
 Writes OUT/train_000000.npy, … and OUT/val_000000.npy, each a flat array of ids in which every
 document ends with <|endoftext|>, and finally OUT/meta.json: a folder without it is unfinished.
-The bytes of the shards do not depend on the number of workers. Speed and disk: docs/scale.md.
+The bytes of the shards do not depend on the number of workers. Speed and disk space: docs/scale.md.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from nanosft.shards import ShardWriter, new_folder, write_meta
 from nanosft.sources import chunked, ordered_map, read_rows, read_txt, require_file
 from tokenizer import get_encoding
 
-CHUNK_CHARS = 200_000  # characters per task of a worker; 0.1 to 1 M are equally fast
+CHUNK_CHARS = 200_000  # characters that a worker encodes at a time; 0.1 to 1 M are equally fast
 
 
 @dataclasses.dataclass

@@ -25,24 +25,24 @@ from tqdm import tqdm
 
 from model import IGNORE_INDEX
 from nanosft import viewer
-from nanosft.assistant import tokenize_prompt_and_output as tokenize_prompt_and_output
+from nanosft.assistant import tokenize_prompt_and_output as tokenize_prompt_and_output  # exported
 from nanosft.cli import UserError, require_at_least, require_choice, run_cli
 from nanosft.forms import Counts, Reading, messages_of
 from nanosft.memory import require_row
 from nanosft.shards import Shards, ShardWriter, find_examples, loss_on_all, new_folder, write_meta
 from nanosft.sources import Report, check_apart, chunked, mark_validation, ordered_map, read_sources
-from packing import LAYOUTS, Plan, plan_rows as plan_rows
+from packing import LAYOUTS, Plan, plan_rows as plan_rows  # exported
 from tokenizer import get_encoding, render, render_text
 
-ROWS_A_CHUNK = 256  # rows that a worker renders at a time; 64 to 1024 are equally fast
+ROWS_PER_CHUNK = 256  # rows that a worker renders at a time; 64 to 1024 are equally fast
 
 
 @dataclasses.dataclass
-class Config(Reading):
+class Config(Reading):  # and --subset, --columns, --ignore, --where, --repair
     """Turn chat rows into shards for train_sft.py (--source), or look at them (--show)."""
 
     source: tuple[str, ...] = ()
-    """.jsonl, .json or .parquet files, or hub datasets as ID[:CONFIG[:SPLIT]]; *N: N times"""
+    """.jsonl, .json or .parquet files, or hub datasets as ID[:CONFIG[:SPLIT]]; SOURCE*N: N times"""
     val_source: tuple[str, ...] = ()
     """rows of the validation split; default: --val_fraction of --source"""
     out: str | None = None
@@ -117,17 +117,17 @@ class SFTDataset(Dataset):
         self.shards = Shards(data, split, "sft")
         self.meta = self.shards.meta
         self.eot = get_encoding(self.meta["encoding"]).eot_token
-        # of each example in the data: its first token, its length
+        # where each example of the data begins, and its length
         self.starts, self.full_lengths = find_examples(self.shards, self.eot)
         n = len(self.starts)
-        self.numbers = np.arange(n)  # the indices of the examples in use
+        self.indices = np.arange(n)  # of the examples in use
         if examples is not None:
             chosen = itertools.islice(examples, n)
-            self.numbers = np.array([number for number in chosen if number < n], np.int64)
+            self.indices = np.array([index for index in chosen if index < n], np.int64)
         self.n_truncated = self.n_dropped = 0
         if layout != "stream":
             self._drop_overlong(overlong)
-        self.lengths = self.full_lengths[self.numbers]
+        self.lengths = self.full_lengths[self.indices]
         if self.n_truncated:
             self.lengths = self.lengths.clip(max=block_size + 1)
         if not len(self.lengths):
@@ -135,16 +135,16 @@ class SFTDataset(Dataset):
         self._plan, self._planned_epoch = None, None
 
     def _drop_overlong(self, overlong: str) -> None:
-        """Count the examples longer than a row; drop those that would keep no trained target."""
+        """Apply --overlong; truncating also drops what would be left without a trained target."""
         limit = self.block_size + 1
-        long = self.numbers[self.full_lengths[self.numbers] > limit]
+        long = self.indices[self.full_lengths[self.indices] > limit]
         if len(long) and overlong == "error":
             raise UserError(f"example {long[0]} of {self.data} has {self.full_lengths[long[0]]} "
-                            f"tokens, a row {limit}; raise --block_size or choose --overlong "
-                            "truncate")
+                            f"tokens, but a row takes {limit}; raise --block_size or choose "
+                            "--overlong truncate")
         dropped = [e for e in long if overlong == "drop" or not self._is_trained(e, limit)]
         self.n_dropped, self.n_truncated = len(dropped), len(long) - len(dropped)
-        self.numbers = self.numbers[~np.isin(self.numbers, dropped)]
+        self.indices = self.indices[~np.isin(self.indices, dropped)]
 
     def _is_trained(self, example: int, limit: int) -> bool:
         """Is there a trained target among the first `limit` ids? The first id is never one."""
@@ -179,15 +179,15 @@ class SFTDataset(Dataset):
         """
         pieces = []
         for segment, (example, start, stop) in enumerate(self.plan[i]):
-            number = self.numbers[example]
-            begin = int(self.starts[number])
+            index = self.indices[example]
+            begin = int(self.starts[index])
             ids, weights = self.shards[begin + start : begin + stop].astype(np.int64)  # (n,) each
             if self.loss_on == "all":
                 weights = loss_on_all(*self.shards[begin : begin + stop], self.eot)[start:]
             if self.isolate or self.layout != "stream":
                 weights[0] = 0  # never train across an example boundary
-            segment = np.full_like(ids, segment if self.isolate else 0)
-            pieces.append([ids, weights, segment, np.full_like(ids, number)])
+            segment = segment if self.isolate else 0
+            pieces.append([ids, weights, np.full_like(ids, segment), np.full_like(ids, index)])
         return np.concatenate(pieces, axis=1)
 
     def filler(self) -> dict[str, Tensor]:
@@ -215,9 +215,9 @@ class SFTDataset(Dataset):
     def prompts(self, n: int) -> list[tuple[list[int], list[int]]]:
         """(prompt, reference answer) of the first n examples, as ids, without the end token."""
         found = []
-        for number in self.numbers[:n]:
-            begin = int(self.starts[number])
-            ids, weights = self.shards[begin : begin + int(self.full_lengths[number])]
+        for index in self.indices[:n]:
+            begin = int(self.starts[index])
+            ids, weights = self.shards[begin : begin + int(self.full_lengths[index])]
             is_trained = np.append(weights > 0, False)  # False ends the last span
             first = is_trained.argmax()
             if first:  # a `{text}` row has no prompt
@@ -252,8 +252,8 @@ def iterate_batches(dataset: Dataset, batch_size: int, shuffle: bool) -> DataLoa
 
 
 def render_rows(chunk: list[tuple[str, dict]], config: Config) -> tuple[list, list, Counts]:
-    """One chunk: (example as uint16 (2, n), its source) of each good row, (place, error) of each
-    bad one, and the counts of `messages_of`."""
+    """A chunk of (place, row) -> [(example, source)] of the good rows, [(place, error)] of the bad
+    ones, and the counts of `messages_of`. An example is uint16 (2, n)."""
     encoding, counts = get_encoding(config.encoding), Counts()
     examples, errors = [], []
     for place, row in chunk:
@@ -272,9 +272,9 @@ def render_rows(chunk: list[tuple[str, dict]], config: Config) -> tuple[list, li
 
 
 def read_examples(config: Config, sources: Iterable[str], report: Report) -> Iterator[tuple]:
-    """(example as (2, n), its source), in order; bad rows are counted, or raise (--on_bad_row)."""
+    """(example, source) of each row, in order; bad rows are counted, or raise (--on_bad_row)."""
     rows = read_sources(sources, config, report.counts)
-    chunks = chunked(rows, lambda row: 1, ROWS_A_CHUNK)
+    chunks = chunked(rows, lambda row: 1, ROWS_PER_CHUNK)
     for examples, errors, counts in ordered_map(render_rows, chunks, config.workers, config):
         report.reject(errors)
         if errors and config.on_bad_row == "error":
@@ -284,7 +284,7 @@ def read_examples(config: Config, sources: Iterable[str], report: Report) -> Ite
 
 
 def write_splits(config: Config, folder: Path, report: Report) -> dict[str, dict]:
-    """Read --source and --val_source, write their shards -> {split: its entry in meta.json}."""
+    """Write the shards of --source and --val_source; returns {split: its entry in meta.json}."""
     fraction = 0 if config.val_source else config.val_fraction
     names = ["train", "val"] if config.val_source or fraction else ["train"]
     writers = {name: ShardWriter(folder, name, config.shard_tokens) for name in names}
@@ -328,7 +328,7 @@ def prepare(config: Config) -> None:
 
 
 def row_opener(config: Config, data: str, split: str) -> Callable[..., SFTDataset]:
-    """open_rows(layout), which opens the rows of a split as the trainer does."""
+    """Returns open_rows(layout), which opens the rows of a split as the trainer does."""
     seed = config.seed if split == "train" else None  # validation keeps the data's order
     return functools.partial(SFTDataset, data, split, config.block_size, seed=seed,
                              loss_on=config.loss_on, isolate=config.isolate)

@@ -405,7 +405,7 @@ def train(config: Config, open_rows: Callable, forward: Callable, judge: Callabl
     steps = fast.Prefetcher(load_steps(rows, config, ranks, done), n_steps - done)
     clock = time.perf_counter()
     for step in tqdm(range(done + 1, n_steps + 1), initial=done, total=n_steps, unit="step",
-                     leave=False, disable=None if ranks.is_main else True):  # None: on a TTY
+                     leave=False, disable=None if ranks.is_main else True):  # None: TTY only
         batches, lr = next(steps), get_lr(step - 1, n_steps, config)
         metrics = {"step": step} | train_step(model, optimizer, batches, lr, config.grad_clip,
                                               ranks, forward, meanwhile=steps.fetch)

@@ -133,7 +133,7 @@ def summary(dataset, i: int, columns: list[Column]) -> str:
 
 def border(dataset, i: int, example: int, width: int) -> str:
     """The line above an example, with its length and, if it is cut, the part in this row."""
-    start, stop = next(p[1:] for p in dataset.plan[i] if dataset.numbers[p[0]] == example)
+    start, stop = next(p[1:] for p in dataset.plan[i] if dataset.indices[p[0]] == example)
     length = dataset.full_lengths[example]
     part = f"{length}" if stop - start == length else f"[{start}:{stop}] of its {length}"
     return f"--- example {example}, {part} tokens ".ljust(width, "-")

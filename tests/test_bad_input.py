@@ -333,7 +333,7 @@ def test_text_shorter_than_a_row_is_refused(refused, text_data):
 def test_examples_longer_than_a_row_are_refused_under_overlong_error(refused, data):
     flags = ["--data", data, *SCRATCH]
     line = refused(train_sft, *flags, "--block_size", 5, "--overlong", "error")
-    assert "has 7 tokens, a row 6; raise --block_size or choose --overlong truncate" in line
+    assert "has 7 tokens, but a row takes 6; raise --block_size or choose --overlong" in line
     line = refused(train_sft, *flags, "--block_size", 3)  # nothing of an answer is left
     assert "no example of train fits; raise --block_size" in line
 

@@ -90,7 +90,7 @@ def test_what_goes_into_shards_comes_out_again(tmp_path_factory, pairs):
 
 
 def test_bytes_of_the_shards_do_not_depend_on_the_number_of_workers(sft_shards, monkeypatch):
-    monkeypatch.setattr(sft_data, "ROWS_A_CHUNK", 3)
+    monkeypatch.setattr(sft_data, "ROWS_PER_CHUNK", 3)
     rows = [qa(str(i), "A" * (i % 5 + 1)) for i in range(30)]
     flags = ("--val_fraction", 0.2, "--shard_tokens", 100)
     one = Path(sft_shards(rows, *flags, name="one"))
@@ -401,7 +401,7 @@ def test_overlong_drop_leaves_examples_out_and_error_refuses(sft_shards):
     data = sft_shards([{"text": "abcdef"}, {"text": "a"}])
     dropped = SFTDataset(data, "train", 3, "fit", overlong="drop")
     assert (dropped.n_truncated, dropped.n_dropped, len(dropped)) == (0, 1, 1)
-    with pytest.raises(UserError, match=r"example 0 .* has 7 tokens, a row 4"):
+    with pytest.raises(UserError, match=r"example 0 .* has 7 tokens, but a row takes 4"):
         SFTDataset(data, "train", 3, "fit", overlong="error")
     assert SFTDataset(data, "train", 6, "fit", overlong="error").n_truncated == 0  # 7 = T + 1
 
@@ -417,22 +417,22 @@ def test_split_whose_examples_are_all_dropped_is_refused(sft_shards):
         SFTDataset(sft_shards([qa()]), "train", 3, "fit")
 
 
-@pytest.mark.parametrize("examples, numbers", [
+@pytest.mark.parametrize("examples, indices", [
     (None, [0, 2, 3]), (range(3), [0, 2]), (range(99), [0, 2, 3]), ([3, 1, 0], [3, 0])])
-def test_numbers_of_the_examples_are_those_in_the_data(sft_shards, examples, numbers):
-    """Texts a, bbbbb, c, d: T = 3 drops number 1, and `examples` picks by number, in its order."""
+def test_indices_of_the_examples_are_those_in_the_data(sft_shards, examples, indices):
+    """Texts a, bbbbb, c, d: T = 3 drops index 1, and `examples` picks by index, in its order."""
     data = sft_shards([{"text": "a"}, {"text": "b" * 5}, {"text": "c"}, {"text": "d"}])
     dataset = SFTDataset(data, "train", 3, "pad", seed=None, overlong="drop", examples=examples)
-    assert dataset.numbers.tolist() == numbers
-    assert dataset.n_dropped == 1 and len(dataset) == len(numbers)
-    for i, number in enumerate(numbers):
+    assert dataset.indices.tolist() == indices
+    assert dataset.n_dropped == 1 and len(dataset) == len(indices)
+    for i, index in enumerate(indices):
         ids, _, _, of_the_ids = dataset.tokens(i).tolist()
-        assert (ids, of_the_ids) == ([ord("abcd"[number]), EOT], [number, number])
+        assert (ids, of_the_ids) == ([ord("abcd"[index]), EOT], [index, index])
 
 
 def test_error_names_the_examples_number_in_the_data(sft_shards):
     data = sft_shards([{"text": "a"}, {"text": "b"}, {"text": "c" * 5}])
-    with pytest.raises(UserError, match=r"example 2 .* has 6 tokens, a row 4"):
+    with pytest.raises(UserError, match=r"example 2 .* has 6 tokens, but a row takes 4"):
         SFTDataset(data, "train", 3, "fit", overlong="error", examples=[2, 0])
 
 
