@@ -38,8 +38,8 @@ class Config(PretrainingConfig):
     epochs: int = 3  # SFT: so few examples are read more than once
     learning_rate: float = 5e-5  # SFT: a twelfth of pretraining's, to keep its knowledge
     """peak, reached at the end of the warm-up"""
-    warmup_steps: int = 20  # SFT: a run has hundreds of steps
-    weight_decay: float = 0.0  # SFT: nothing pulls the pretrained weights to zero
+    warmup_steps: int = 20  # SFT: a run has only hundreds of steps
+    weight_decay: float = 0.0  # SFT: nothing pulls pretrained weights toward zero
     save_every: int = 500  # SFT: a shorter run
     """steps between checkpoints; 0: only at the end"""
     layout: Literal["stream", "fit", "pad", "bucket"] = "fit"

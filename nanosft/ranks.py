@@ -1,4 +1,4 @@
-"""The processes that torchrun started: rank, device, and what they sum up and exchange."""
+"""The processes that torchrun started (ranks): their devices, sums and exchanges."""
 
 import contextlib
 import dataclasses
@@ -15,7 +15,7 @@ from nanosft.cli import UserError, minutes, require_choice
 
 @dataclasses.dataclass
 class Ranks:
-    """The processes torchrun started: this one's rank, their number, and this one's device."""
+    """This process's rank and device, and what it needs to work with the other ranks."""
 
     rank: int
     world_size: int
@@ -64,7 +64,7 @@ def setup_distributed(device: str = "auto", dist_timeout: float = 10, dtype: str
     try:
         local_rank = int(os.environ.get("LOCAL_RANK", 0)) if device == "cuda" else None
         torch_device = torch.device(device, local_rank)
-        torch.empty(1, device=torch_device)
+        torch.empty(1, device=torch_device)  # fails here if there is no such device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"--device {device}: not available here ({reason}); use another device or "
@@ -74,13 +74,16 @@ def setup_distributed(device: str = "auto", dist_timeout: float = 10, dtype: str
         torch.set_float32_matmul_precision("high")
     if world_size > 1 and not dist.is_initialized():
         is_cuda = torch_device.type == "cuda"
-        dist.init_process_group("nccl" if is_cuda else "gloo", timeout=minutes("dist_timeout",
-                                dist_timeout), device_id=torch_device if is_cuda else None)
+        dist.init_process_group("nccl" if is_cuda else "gloo",
+                                timeout=minutes("dist_timeout", dist_timeout),
+                                device_id=torch_device if is_cuda else None)
     return Ranks(rank, world_size, torch_device, choose_dtype(dtype, torch_device))
 
 
 def choose_dtype(name: str, device: torch.device) -> str:
     """--dtype auto is bfloat16 on a GPU that supports it, and float32 elsewhere."""
     require_choice("dtype", name, ("auto", "float32", "bfloat16"))
+    if name != "auto":
+        return name
     has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return name if name != "auto" else "bfloat16" if has_bfloat16 else "float32"
+    return "bfloat16" if has_bfloat16 else "float32"
