@@ -35,7 +35,7 @@ class Config(PretrainingConfig):
     """micro-batch size: rows per forward pass on each rank"""
     rows_per_step: int = 32  # SFT: likewise
     """rows per optimizer step, over all ranks"""
-    epochs: int = 3  # SFT: so few examples are read more than once
+    epochs: int = 3  # SFT: few examples, so each is read more than once
     learning_rate: float = 5e-5  # SFT: a twelfth of pretraining's, to keep its knowledge
     """peak, reached at the end of the warm-up"""
     warmup_steps: int = 20  # SFT: a run has only hundreds of steps
