@@ -301,8 +301,7 @@ def isolated_mask(segments: Tensor) -> Tensor:
 class Cache:
     """The keys and values of all layers during generation; row i is filled up to lengths[i].
 
-    kv[layer] (B, 2, n_head, end, hs) holds zeros where nothing was written: a masked NaN would
-    still reach the output.
+    kv[layer] (B, 2, n_head, end, hs) is zero where unwritten: a masked NaN would still spread.
     """
 
     def __init__(self, lengths: list[int], end: int, config: GPTConfig, like: Tensor):

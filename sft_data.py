@@ -30,7 +30,7 @@ from nanosft.cli import UserError, require_at_least, require_choice, run_cli
 from nanosft.forms import Counts, Reading, messages_of
 from nanosft.memory import require_row
 from nanosft.shards import Shards, ShardWriter, find_examples, loss_on_all, new_folder, write_meta
-from nanosft.sources import Report, check_apart, chunked, mark_validation, ordered_map, read_sources
+from nanosft.sources import Report, check_overlap, chunked, mark_val, ordered_map, read_sources
 from packing import LAYOUTS, Plan, plan_rows as plan_rows  # exported
 from tokenizer import get_encoding, render, render_text
 
@@ -291,7 +291,7 @@ def write_splits(config: Config, folder: Path, report: Report) -> dict[str, dict
     counts = {name: Counts() for name in names}
     for part, sources in (("train", config.source), ("val", config.val_source)):
         examples = itertools.islice(read_examples(config, sources, report), config.max_examples)
-        marked = mark_validation(examples, fraction if part == "train" else 0, config.seed)
+        marked = mark_val(examples, fraction if part == "train" else 0, config.seed)
         bar = tqdm(marked, part, unit="ex", unit_scale=True, disable=None)  # None: TTY only
         for (example, source), is_val in bar:
             split = "val" if is_val else part
@@ -307,7 +307,7 @@ def prepare(config: Config) -> None:
     if not 0 <= config.val_fraction < 1:
         raise UserError(f"--val_fraction {config.val_fraction} must be at least 0 and less than 1")
     require_row(config.block_size)
-    check_apart(config.source, config.val_source, config.subset)
+    check_overlap(config.source, config.val_source, config.subset)
     encoding = get_encoding(config.encoding)
     report = Report()
     with new_folder(config.out) as folder:
@@ -341,7 +341,7 @@ def show(config: Config) -> None:
                         "with --source and --out")
     open_rows = row_opener(config, config.data, config.split)
     rows = open_rows(config.layout)
-    assistant = viewer.load_reader(config.model, rows) if config.model else None
+    assistant = viewer.load_assistant_for(config.model, rows) if config.model else None
     if config.html:
         viewer.write_page(config.html, config.show, rows, open_rows, assistant)
     else:

@@ -224,8 +224,7 @@ def forward_text(model, x, y, weights=None, segments=None) -> tuple[Tensor, Tens
 
 
 def count_step(micro_batches: list[MicroBatch], ranks: Ranks) -> Tensor:
-    """(4,) int64, summed over all ranks: the targets' weight in percent, tokens, trained tokens,
-    and requests to stop."""
+    """(4,) int64 over all ranks: weight in percent, tokens, trained tokens, requests to stop."""
     counts = torch.tensor([0, 0, 0, ranks.stop.asked()])
     for batch in micro_batches:
         trained = int((batch.y != IGNORE_INDEX).sum())
@@ -244,7 +243,7 @@ def train_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer,
     meanwhile() runs while the device works: `train` prepares the next rows there.
     """
     counts = count_step(micro_batches, ranks)
-    total_weight = torch.where(counts[0] > 0, counts[0] / 100, 1.0)
+    total_weight = torch.where(counts[0] > 0, counts[0] / 100, 1.0)  # 1: nothing is trained
 
     loss = torch.zeros((), device=ranks.device)
     for i, batch in enumerate(micro_batches):

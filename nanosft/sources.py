@@ -51,7 +51,7 @@ def parse_source(source: str, subset: str | None = None) -> Source:
     return Source(name, config or subset, split or "train", int(repeats))
 
 
-def check_apart(sources: Iterable[str], val_sources: Iterable[str], subset: str | None) -> None:
+def check_overlap(sources: Iterable[str], val_sources: Iterable[str], subset: str | None) -> None:
     """UserError if --val_source reads what --source reads."""
 
     def identity(source: str) -> tuple:
@@ -253,7 +253,7 @@ class Report:
         return len(train) + len(val) - n_distinct, int(np.isin(val_prompts, prompts).sum())
 
 
-def mark_validation(examples: Iterator, fraction: float, seed: int) -> Iterator[tuple]:
+def mark_val(examples: Iterator, fraction: float, seed: int) -> Iterator[tuple]:
     """(example, is_val): one random example of every 1/fraction goes to validation.
 
     With fewer than 1/fraction examples in total, but at least two, one still goes there.

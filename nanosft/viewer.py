@@ -76,7 +76,7 @@ def quoted(encoding, token: int) -> str:
 # ----- a row as columns --------------------------------------------------------------------------
 
 
-def load_reader(name: str, dataset) -> Assistant:
+def load_assistant_for(name: str, dataset) -> Assistant:
     """The model of --model. UserError if it cannot read the rows."""
     assistant, encoding = load_assistant(name), dataset.meta["encoding"]
     limit = assistant.model.config.block_size

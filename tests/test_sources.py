@@ -15,9 +15,9 @@ from nanosft import forms, sources
 from nanosft.cli import UserError
 from nanosft.forms import FORMS, Counts, Reading, messages_of
 from nanosft.sources import (
-    check_apart,
+    check_overlap,
     chunked,
-    mark_validation,
+    mark_val,
     ordered_map,
     parse_source,
     read_rows,
@@ -401,8 +401,8 @@ def test_same_rows_for_training_and_validation_are_refused(jsonl, folder, monkey
     for train, val in (("a.jsonl", "./a.jsonl"), ("a.jsonl*2", "link.jsonl"), (folder, "set*3"),
                        ("me/mine:de", "me/mine:de:train")):
         with pytest.raises(UserError, match=r"--val_source .* is --source .*: the model would be"):
-            check_apart([train], [val], None)
-    check_apart([folder, "me/mine"], [f"{folder}::test", "me/mine:de", "b.jsonl"], None)
+            check_overlap([train], [val], None)
+    check_overlap([folder, "me/mine"], [f"{folder}::test", "me/mine:de", "b.jsonl"], None)
 
 
 # ----- the validation split ----------------------------------------------------------------------
@@ -410,7 +410,7 @@ def test_same_rows_for_training_and_validation_are_refused(jsonl, folder, monkey
 
 def picks(n: int, fraction: float, seed: int = 0) -> list[bool]:
     """Of n examples: does each go to validation?"""
-    marked = list(mark_validation(iter(range(n)), fraction, seed))
+    marked = list(mark_val(iter(range(n)), fraction, seed))
     assert [example for example, _ in marked] == list(range(n))  # none lost, order kept
     return [is_val for _, is_val in marked]
 
