@@ -236,7 +236,7 @@ def train_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer,
                micro_batches: list[MicroBatch], lr: float, grad_clip: float, ranks: Ranks,
                forward: Callable = forward_text,
                meanwhile: Callable = lambda: None) -> dict[str, float]:
-    """One optimizer step; its loss and gradient are the mean over the trained tokens of all ranks.
+    """One optimizer step; its loss and gradient are means over the trained tokens of all ranks.
 
     The mean is over the whole step, so its divisor must be known before the first backward pass:
     dividing each micro-batch by its own count would give tokens of short answers more weight.
@@ -247,8 +247,8 @@ def train_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer,
 
     loss = torch.zeros((), device=ranks.device)
     for i, batch in enumerate(micro_batches):
-        last = i == len(micro_batches) - 1  # DDP all-reduces gradients only on this one
-        with contextlib.nullcontext() if last or ranks.world_size == 1 else model.no_sync():
+        is_last = i == len(micro_batches) - 1  # DDP all-reduces gradients only on this one
+        with contextlib.nullcontext() if is_last or ranks.world_size == 1 else model.no_sync():
             with ranks.autocast():
                 loss_sum, _ = forward(model, batch.x, batch.y, batch.weights, batch.segments)
             # DDP averages gradients over the ranks; world_size turns the mean into a sum
