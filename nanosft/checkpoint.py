@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -253,9 +254,11 @@ class Metrics:
             self.opened.callback(self.wandb.finish)
 
     def open_log(self, name: str):
-        """Open to append, truncated after the step that the run resumes from."""
+        """Open to append, cut before the first row after the step that the run resumes from."""
         path = self.out / name
-        kept = sum(len(line) for line, row in read_log(path) if row["step"] <= self.steps_done)
+        rows = itertools.takewhile(lambda found: found[1]["step"] <= self.steps_done,
+                                   read_log(path))
+        kept = sum(len(line) for line, _ in rows)
         file = path.open("a", buffering=1, encoding="utf-8")  # line-buffered: written at once
         file.truncate(kept)
         return self.opened.enter_context(file)

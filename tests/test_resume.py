@@ -231,10 +231,14 @@ def answers(out) -> list[dict]:
     return [json.loads(line) for line in (out / "answers.jsonl").open(encoding="utf-8")]
 
 
-def test_half_a_line_is_dropped_even_where_its_step_would_be_kept(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3')
+@pytest.mark.parametrize("rest", [
+    b'{"step": 3',  # half a line, even where its step would be kept
+    b'{"step": 4}\n{"step": 3}\n'])  # of two runs at once, where the file system has no locks
+def test_log_is_cut_before_the_first_row_that_is_not_kept(rest, tmp_path):
+    path, kept = tmp_path / "metrics.jsonl", b'{"step": 1}\r\n{"step": 2}\n'
+    path.write_bytes(kept + rest)
     checkpoint.Metrics(train_gpt2.Config("", str(tmp_path)), {}, steps_done=3, n_steps=9).open()
-    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
+    assert path.read_bytes() == kept
 
 
 def test_metrics_hold_the_promised_keys(whole):
