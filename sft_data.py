@@ -122,8 +122,7 @@ class SFTDataset(Dataset):
         n = len(self.starts)
         self.indices = np.arange(n)  # of the examples in use
         if examples is not None:
-            chosen = itertools.islice(examples, n)
-            self.indices = np.array([index for index in chosen if index < n], np.int64)
+            self.indices = np.fromiter(itertools.islice(examples, n), np.int64)
         self.n_truncated = self.n_dropped = 0
         if layout != "stream":
             self._drop_overlong(overlong)
