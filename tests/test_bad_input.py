@@ -236,6 +236,7 @@ def test_existing_files_are_never_overwritten(refused, tmp_path, jsonl, module):
     (sft_data, ["--block_size", 0], "--block_size 0 must be at least 1"),
     (sft_data, ["--max_examples", 0], "--max_examples 0 must be at least 1"),
     (sft_data, ["--max_examples", -1], "--max_examples -1 must be at least 1"),
+    (sft_data, ["--seed", -1], "--seed -1 must be at least 0"),
     (fineweb, ["--workers", 0], "--workers 0 must be at least 1"),
     (fineweb, ["--shard_tokens", -5], "--shard_tokens -5 must be at least 1"),
     (fineweb, ["--max_tokens", 0], "--max_tokens 0 must be at least 1"),

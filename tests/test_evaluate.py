@@ -57,7 +57,8 @@ def test_extraction_by_hand(how, text, found):
 
 
 @pytest.mark.parametrize("reference, how", [
-    ("1+1\n#### 2", "gsm8k"), ("</think><answer>2</answer>", "answer"), ("Paris", "whole")])
+    ("1+1\n#### 2", "gsm8k"), ("</think><answer>2</answer>", "answer"), ("Paris", "whole"),
+    (" ", "whole")])
 def test_auto_chooses_the_extraction_that_fits_the_reference(reference, how):
     assert extraction_for(reference) == how
 

@@ -72,7 +72,7 @@ CUDA = torch.device("cuda")
 
 
 @pytest.mark.parametrize("capability, head_size, is_half, need", [
-    ((8, 0), 64, True, None),
+    ((8, 0), 256, True, None),
     ((9, 0), 8, True, None),
     ((7, 5), 64, True, "a GPU of compute capability 8.0, but this one has 7.5"),  # a T4
     ((8, 0), 20, True, "a head size of 8, 16, … 256, but n_embd / n_head is 20"),
@@ -91,6 +91,10 @@ def test_dense_mask_takes_over_where_the_varlen_kernel_does_not_run_and_says_so_
     assert found == ([None] * 2 if need else ["varlen"] * 2)
     line = f"isolated attention falls back to a dense mask: the varlen kernel needs {need}\n"
     assert capsys.readouterr().out == (line if need else "")
+    monkeypatch.setenv("RANK", "1")
+    assert fast.has_varlen(CUDA, head_size, is_half) == (need is None)
+    fast.has_varlen.cache_clear()
+    assert not capsys.readouterr().out  # rank 0 says so for all
 
 
 def test_forward_and_backward_never_wait_for_the_device(monkeypatch):

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -110,6 +111,7 @@ def test_second_run_in_a_folder_is_told_who_trains_there_until_that_one_is_kille
 
 
 def test_run_holds_the_lock_from_its_first_row_to_its_end(data, tmp_path, monkeypatch):
+    """wandb's end included: it writes into the run's folder, too."""
     def is_free() -> bool:
         with (tmp_path / "out/lock").open() as file:
             try:
@@ -120,8 +122,11 @@ def test_run_holds_the_lock_from_its_first_row_to_its_end(data, tmp_path, monkey
 
     seen = []
     before_step(1, lambda: seen.append(is_free()), monkeypatch)
-    fine_tune(data, tmp_path / "out", **FLAGS)
-    assert [*seen, is_free()] == [False, True]
+    run = SimpleNamespace(log=lambda *args, **_: None, finish=lambda: seen.append(is_free()))
+    wandb = SimpleNamespace(init=lambda **_: run, __spec__=True)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    fine_tune(data, tmp_path / "out", wandb="project", **FLAGS)
+    assert [*seen, is_free()] == [False, False, True]
 
 
 def test_resume_starts_again_where_a_run_was_killed_before_its_first_checkpoint(

@@ -241,6 +241,16 @@ def test_log_is_cut_before_the_first_row_that_is_not_kept(rest, tmp_path):
     assert path.read_bytes() == kept
 
 
+def test_printed_line_of_a_step_by_hand(tmp_path, capsys):
+    row = {"step": 1, "loss": 2.0, "lr": 1e-3, "grad_norm": 0.5, "tokens": 9, "dt": 0.5,
+           "tokens_per_s": 1234.5, "val_loss": 1.5, "val_answers": [{"answer": "A"}]}
+    log = checkpoint.Metrics(train_gpt2.Config("", str(tmp_path)), {}, steps_done=0, n_steps=9)
+    log.write(row)
+    log.close()
+    assert capsys.readouterr().out == (
+        "step      1/9  loss 2.0000  lr 1.00e-03  norm 0.50  1,234 tok/s  val_loss 1.5000\n")
+
+
 def test_metrics_hold_the_promised_keys(whole):
     rows = [json.loads(line) for line in (whole["sft"] / "metrics.jsonl").open()]
     promised = {"step", "loss", "lr", "grad_norm", "tokens", "trained_tokens", "dt", "tokens_per_s"}

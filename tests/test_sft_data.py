@@ -418,7 +418,7 @@ def test_split_whose_examples_are_all_dropped_is_refused(sft_shards):
 
 
 @pytest.mark.parametrize("examples, indices", [
-    (None, [0, 2, 3]), (range(3), [0, 2]), (range(99), [0, 2, 3]), ([3, 1, 0], [3, 0])])
+    (None, [0, 2, 3]), (range(3), [0, 2]), (range(99), [0, 2, 3]), ([3, 0, 1], [3, 0])])
 def test_indices_of_the_examples_are_those_in_the_data(sft_shards, examples, indices):
     """Texts a, bbbbb, c, d: T = 3 drops index 1, and `examples` picks by index, in its order."""
     data = sft_shards([{"text": "a"}, {"text": "b" * 5}, {"text": "c"}, {"text": "d"}])
@@ -485,6 +485,12 @@ def test_text_rows_have_no_prompt(sft_shards):
     data = sft_shards([{"text": "ab"}, qa()])
     assert prompts_as_text(data, n=1) == []
     assert prompts_as_text(data, n=2) == [("<|user|>Q<|end|><|assistant|>", "A")]
+
+
+def test_prompts_are_those_of_the_examples_in_use(sft_shards):
+    data = sft_shards([qa("too long"), qa()])
+    dataset = SFTDataset(data, "train", 6, overlong="drop")
+    assert dataset.prompts(1) == [(QA[:4], QA[4:5])]
 
 
 # ----- batches -----------------------------------------------------------------------------------

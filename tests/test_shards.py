@@ -93,6 +93,7 @@ def test_what_is_read_is_a_copy(digits):
     before = path.read_bytes()
     for start, stop in ((0, 2), (1, 5)):  # within a shard, and across a border
         shards[start:stop][:] = 99
+    assert not any(array.flags.writeable for array in shards.arrays)
     assert shards[0:8].tolist() == list(range(8))
     assert path.read_bytes() == before
 

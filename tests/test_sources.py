@@ -158,8 +158,9 @@ def test_input_and_context_of_an_instruction_belong_to_the_user_message(row):
 @pytest.mark.parametrize("name", ["system", "system_prompt"])
 @pytest.mark.parametrize("row", EXAMPLES, ids=str)
 def test_system_column_beside_any_form_is_the_first_message(row, name):
-    system = {"role": "system", "content": "S"}
-    assert messages_of(row | {name: "S"})[0] == system
+    system, counts = {"role": "system", "content": "S"}, Counts()
+    assert messages_of(row | {name: "S"}, counts=counts)[0] == system
+    assert counts["unused", name] == 0
     assert messages_of(row | {name: "S"})[1:] == messages_of(row | {name: ""}) == messages_of(row)
     twice = {"messages": [system, QUESTION, ANSWER], name: "S"}
     assert messages_of(twice) == [system, QUESTION, ANSWER]
@@ -242,6 +243,8 @@ def test_ignore_accepts_the_loss_of_a_column_or_of_a_key_and_the_report_lists_it
     assert messages_of(row, reading, counts) == [QUESTION, ANSWER]
     assert counts == {("unused", "cot"): 1, ("unused", "note"): 1, ("unused", "id"): 0,
                       ("unused", "message key thinking"): 1}
+    for name, value in (("image", {"bytes": b"png"}), ("messages", [ANSWER])):  # not used, either
+        assert messages_of(QA | {name: value}, Reading(ignore=(name,))) == [QUESTION, ANSWER]
 
 
 @pytest.mark.parametrize("columns, row, expected", [
@@ -333,6 +336,7 @@ def test_path_that_exists_wins_over_the_grammar(jsonl, monkeypatch, tmp_path):
     assert [row["text"] for _, row in read_rows("a:b.jsonl")] == ["a:b.jsonl"]
     assert [row["text"] for _, row in read_rows("a.jsonl*3")] == ["a.jsonl"] * 3
     assert parse_source("a.jsonl*2").name == "a.jsonl*2"
+    assert parse_source("a.jsonl*2*3") == ("a.jsonl*2", None, "train", 3)
 
 
 @pytest.fixture
@@ -392,6 +396,8 @@ def test_where_keeps_the_rows_with_a_value_and_counts_the_others(folder, jsonl):
         assert len(list(read_sources([source], Reading(where=where), Counts()))) == n
     with pytest.raises(UserError, match=r"--where b=1 leaves none .* has 'b=null' .*\['a', 'n'"):
         list(read_sources([source], Reading(where=("b=1",)), Counts()))
+    source = jsonl("b.jsonl", [{"n": 2}, "n=1"])  # no object: to be rejected, not left out
+    assert [row for _, row in read_sources([source], Reading(where=("n=1",)), counts)] == ["n=1"]
 
 
 def test_same_rows_for_training_and_validation_are_refused(jsonl, folder, monkeypatch, tmp_path):

@@ -115,6 +115,11 @@ def test_cut_example_says_which_part_is_shown(pair, shown):
     assert "--- example 1, [0:4] of its 8 tokens -" in "\n".join(lines)
 
 
+def test_example_after_a_dropped_one_keeps_its_number(sft_shards, shown):
+    data = sft_shards([{"prompt": "x" * 20, "response": "y"}, {"prompt": "hi", "response": "yo"}])
+    assert shown(data)[4].startswith("--- example 1, 9 tokens -")
+
+
 def test_show_more_rows_than_there_are_shows_all(pair, shown):
     assert sum(line.startswith("row ") for line in shown(pair, show=9)) == 1
 
@@ -161,7 +166,7 @@ def test_ascii_only_stdout_gets_escapes(pair, monkeypatch, tmp_path):
 
 
 def test_model_predicts_each_packed_example_as_if_it_were_alone(pair, tmp_path, shown):
-    folder = save_model(tmp_path)
+    folder = save_model(tmp_path, block_size=20)  # just enough
     lines = [line for line in shown(pair, model=folder) if re.match(r" *\d+ +\d", line)]
     model, alone = GPT.from_pretrained(folder), []
     dataset = SFTDataset(pair, "train", 20, "pad", seed=None)
