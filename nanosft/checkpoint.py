@@ -315,7 +315,7 @@ def read_log(path: Path) -> Iterator[tuple[bytes, dict]]:
             try:
                 row = json.loads(line)
                 row["step"] = int(row["step"])
-            except (ValueError, TypeError, KeyError, RecursionError) as error:
+            except (ValueError, OverflowError, TypeError, KeyError, RecursionError) as error:
                 raise UserError(f"{path} line {number}: damaged ({error}); delete the line or the "
                                 "file") from error
             yield line, row

@@ -241,6 +241,13 @@ def test_log_is_cut_before_the_first_row_that_is_not_kept(rest, tmp_path):
     assert path.read_bytes() == kept
 
 
+@pytest.mark.parametrize("line", ["", "[]", '{"loss": 1}', '{"step": "a"}', '{"step": 1e999}'])
+def test_damaged_line_of_a_log_is_named(line, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n' + line + '\n{"step": 2}\n')
+    with pytest.raises(UserError, match=r"metrics\.jsonl line 2: damaged"):
+        list(checkpoint.read_log(tmp_path / "metrics.jsonl"))
+
+
 def test_printed_line_of_a_step_by_hand(tmp_path, capsys):
     row = {"step": 1, "loss": 2.0, "lr": 1e-3, "grad_norm": 0.5, "tokens": 9, "dt": 0.5,
            "tokens_per_s": 1234.5, "val_loss": 1.5, "val_answers": [{"answer": "A"}]}
