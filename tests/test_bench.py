@@ -12,6 +12,7 @@ import train_gpt2
 import train_sft
 from model import GPT, GPTConfig
 from nanosft.cli import UserError
+from nanosft.hf_tokenizer import save_model
 from tools import bench, compare_peers, workload
 
 TINY = GPTConfig(vocab_size=320, block_size=16, n_layer=2, n_head=2, n_embd=32)
@@ -109,6 +110,33 @@ def test_loop_with_full_logits_computes_our_loss(tmp_path, isolate):
     ours, _ = train_sft.forward_sft(*arguments)
     theirs, _ = compare_peers.full_logits(*arguments)
     torch.testing.assert_close(theirs, ours)
+
+
+@pytest.fixture(scope="module")
+def peers_folder(tmp_path_factory):
+    """What compare_peers.make_data makes, without the gpt2 vocabulary."""
+    folder = tmp_path_factory.mktemp("peers")
+    for kind in ("sft", "text", "model"):
+        (folder / kind).mkdir()
+    for kind in ("sft", "text"):
+        workload.random_shards(str(folder / kind), kind, 200, 0.5, vocab_size=261)
+    save_model(folder / "model", GPT(GPTConfig(128, 50304, 1, 1, 16)), "bytes", "chat")
+    return str(folder)
+
+
+@pytest.mark.parametrize("what, who", [
+    (what, who) for what in compare_peers.COMPARISONS for who in compare_peers.COMPARISONS[what]
+    if who != "trl" and (what, who) not in (("generate_1", "nanosft"), ("generate_16", "nanosft"))])
+def test_each_contender_runs_and_gives_the_same_answer(what, who, peers_folder):
+    """All but TRL, which is not a dependency of the tests."""
+    config = compare_peers.Config(**compare_peers.QUICK, device="cpu")
+    row = compare_peers.measure(config, compare_peers.Job(what, who, peers_folder))
+    assert row["tokens_per_s"] > 0 and row["seconds"] > 0 and row["peak_memory_gb"] > 0
+    if "generate" in what:
+        ours = compare_peers.measure(config, compare_peers.Job(what, "nanosft", peers_folder))
+        assert row["sum_of_ids"] == ours["sum_of_ids"] > 0
+    else:
+        assert 0 < row["trained_tokens_per_s"] <= row["tokens_per_s"]
 
 
 def test_table_has_medians_ranges_and_ratios():
