@@ -140,33 +140,46 @@ def measure_steps(config, path: str, c, rows, forward: Callable, profile: bool =
         spent.clear()
         fetch()  # nothing to do where the step before did it
         batches = next(ahead)
-        if path != "evaluate":
+        if path == "evaluate":
+            _, tokens, trained, _ = train_gpt2.count_step(batches, ranks).tolist()
+            row = train_gpt2.evaluate(gpt, batches, ranks)
+            row |= {"tokens": tokens, "trained_tokens": trained}
+        else:
             row = train_gpt2.train_step(model, optimizer, batches, 1e-4, 1.0, ranks, forward,
                                         meanwhile=fetch)
-            return row | {"loading": sum(spent)}
-        _, tokens, trained, _ = train_gpt2.count_step(batches, ranks).tolist()
-        train_gpt2.evaluate(gpt, batches, ranks)
-        return {"tokens": tokens, "trained_tokens": trained, "loading": sum(spent)}
+        return row | {"loading": sum(spent)}
 
-    done = timed(step, warmup(config), config.steps)
+    done, R = timed(step, warmup(config), config.steps), c.rows_per_step
+    used = range(len(rows))[warmup(config) * R :][: config.steps * R]
+    part = 1 / 3 if path == "evaluate" else 1  # the forward pass
+    found = summary(done, ranks.device) | rates(done, gpt.config, rows, used, part)
+    if profile:
+        found["profile"] = profile_of(step, ranks.device)
+    return found
+
+
+def rates(done: list[dict], model: GPTConfig, rows, used: range, part: float) -> dict:
+    """Of all steps together: loading's share of the time, and FLOP/s.
+
+    used: the indices of the rows that they saw. part: of a forward and backward pass.
+    """
     tokens, trained, loading, seconds = (sum(row[key] for row in done) for key in (
         "tokens", "trained_tokens", "loading", "seconds"))
-    one_text, first = torch.zeros(c.block_size, dtype=torch.long), warmup(config) * c.rows_per_step
-    used = range(len(rows))[first : first + config.steps * c.rows_per_step]
+    one_text = torch.zeros(model.block_size, dtype=torch.long)
     pairs = sum(seen_pairs(rows[i].get("segments", one_text)) for i in used)
-    part = 1 / 3 if path == "evaluate" else 1  # the forward pass
-    needed = part * flops(gpt.config, tokens, trained, pairs)
-    by_palm = part * flops(gpt.config, tokens, tokens, tokens * c.block_size)
-    found = summary(done, ranks.device) | {
-        "loading": loading / seconds, "flops_per_s": needed / seconds,
-        "palm_flops_per_s": by_palm / seconds}
-    if profile:
-        with torch.profiler.profile() as profiled:
-            step()
-        table = profiled.key_averages().table
-        key = f"self_{ranks.device.type}_time_total"
-        found["profile"] = "\n" + table(sort_by=key, row_limit=20, max_name_column_width=60)
-    return found
+    needed = part * flops(model, tokens, trained, pairs)
+    by_palm = part * flops(model, tokens, tokens, tokens * model.block_size)
+    return {"loading": loading / seconds, "flops_per_s": needed / seconds,
+            "palm_flops_per_s": by_palm / seconds}
+
+
+def profile_of(step: Callable, device: torch.device) -> str:
+    """The operations that take the most time on the device."""
+    with torch.profiler.profile() as profiled:
+        step()
+    key = f"self_{device.type}_time_total"
+    table = profiled.key_averages().table(sort_by=key, row_limit=20, max_name_column_width=60)
+    return f"\n{table}"
 
 
 def prepare(source: str, out: str) -> tuple[float, int]:
