@@ -8,10 +8,15 @@ In the chat: /reset clears the turns, /system TEXT sets the system message, /qui
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Annotated
 
-from nanosft.assistant import cut_prompt, load_assistant
-from nanosft.cli import UserError, one_line, require_at_least, run_cli
-from nanosft.ranks import setup_distributed
+from annotated_types import Ge, Gt, Le
+
+import generate
+from answer import cut_prompt, load_assistant
+from nanosft.cli import run_cli
+from nanosft.errors import UserError, one_line
+from nanosft.ranks import Dtype, setup_distributed
 from tokenizer import render_prompt, stop_ids
 
 
@@ -20,21 +25,25 @@ class Config:
     """Chat with a model."""
 
     model: str
-    """a nanosft checkpoint or run folder, a Hugging Face folder, a GPT-2 name or a hub id"""
+    """a nanosft checkpoint or run folder, a Hugging Face folder, a GPT-2 name, or a hub id"""
     prompt: str | None = None
     """answer this and exit"""
     system: str | None = None
     """system message; needs a model trained with the chat template"""
-    temperature: float = 0.7
-    """0: greedy decoding"""
-    top_k: int | None = 50
+    temperature: Annotated[float, Ge(0)] = 0.7
+    """of sampling; 0: greedy decoding"""
+    top_k: Annotated[int | None, Ge(1)] = 50
     """sample from the k most likely tokens; None: all"""
-    top_p: float | None = None
+    top_p: Annotated[float | None, Gt(0), Le(1)] = None
     """sample from the most likely tokens with this total probability; None: all"""
-    max_new_tokens: int = 256
+    max_new_tokens: Annotated[int, Ge(1)] = 256
+    """the longest answer, in tokens"""
     seed: int = 0
+    """of sampling"""
     device: str = "auto"
-    """auto, cuda, mps or cpu"""
+    """auto, cuda, mps, or cpu"""
+    dtype: Dtype = "auto"
+    """of matrix products; auto: bfloat16 on GPUs that support it, else float32"""
 
 
 class Chat:
@@ -42,8 +51,8 @@ class Chat:
 
     def __init__(self, config: Config):
         self.config = config
-        device = setup_distributed(config.device).device
-        self.model, self.encoding, self.template = load_assistant(config.model, device)
+        self.ranks = setup_distributed(config.device, dtype=config.dtype)
+        self.model, self.encoding, self.template = load_assistant(config.model, self.ranks.device)
         self.reset(config.system)
 
     def reset(self, system: str | None = None) -> None:
@@ -67,7 +76,7 @@ class Chat:
             ids = render_prompt(self.encoding, self.system + self.turns + question, self.template)
             while self.turns and len(ids) + room > self.model.config.block_size:
                 self.turns = self.turns[2:]
-                print("(the oldest turn no longer fits and is forgotten)")
+                print("(dropped the oldest turn: it no longer fits)")
                 messages = self.system + self.turns + question
                 ids = render_prompt(self.encoding, messages, self.template)
         return cut_prompt(ids, room, self.model.config.block_size, "chat")
@@ -77,9 +86,10 @@ class Chat:
         prompt = self.prompt_ids(text)
         stops = stop_ids(self.encoding, self.template)
         ids, shown = [], ""
-        for step in self.model.stream(
-            [prompt], self.config.max_new_tokens, self.config.temperature, top_k=self.config.top_k,
-            top_p=self.config.top_p, stop_ids=stops, seed=self.config.seed + len(self.turns),
+        for step in generate.stream(
+            self.model, [prompt], self.config.max_new_tokens, self.config.temperature,
+            top_k=self.config.top_k, top_p=self.config.top_p, stop_ids=stops,
+            seed=self.config.seed + len(self.turns),
         ):
             token = step[0][1]
             if token in stops:
@@ -97,15 +107,13 @@ class Chat:
 
 
 def say(chat: Chat, text: str) -> None:
-    for piece in chat.answer(text):
-        print(piece, end="", flush=True)
+    with chat.ranks.autocast():
+        for piece in chat.answer(text):
+            print(piece, end="", flush=True)
     print()
 
 
 def main(config: Config) -> None:
-    require_at_least(config, 1, "top_k", "max_new_tokens")
-    require_at_least(config, 0, "temperature")
-    require_at_least(config, 0, "top_p", most=1)
     chat = Chat(config)
     if chat.template is None:
         print("(a base model, not fine-tuned on chats: it continues your text)")

@@ -11,10 +11,12 @@ import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from model import IGNORE_INDEX
-from nanosft.assistant import (
+from annotated_types import Ge
+
+from answer import (
+    EXTRACTIONS,
     Assistant,
     cut_prompt,
     extract,
@@ -23,11 +25,13 @@ from nanosft.assistant import (
     score,
     tokenize_prompt_and_output,
 )
-from nanosft.cli import UserError, require_at_least, run_cli
+from model import IGNORE_INDEX
+from nanosft.cli import run_cli
+from nanosft.errors import UserError
 from nanosft.forms import Counts, Reading, messages_of
-from nanosft.ranks import Ranks, setup_distributed
+from nanosft.ranks import Dtype, Ranks, setup_distributed
 from nanosft.sources import read_sources
-from tokenizer import render, render_prompt
+from tokenizer import Template, render, render_prompt
 from train_gpt2 import MicroBatch, evaluate as token_loss
 
 
@@ -36,29 +40,33 @@ class Config(Reading):
     """Answer every row of a file and score the answers."""
 
     model: str
-    """a nanosft checkpoint or run folder, a Hugging Face folder, a GPT-2 name or a hub id"""
+    """a nanosft checkpoint or run folder, a Hugging Face folder, a GPT-2 name, or a hub id"""
     data: str
     """rows with a reference answer: a file or a hub dataset, as --source of sft_data.py"""
-    extract: Literal["auto", "whole", "gsm8k", "answer"] = "auto"
+    extract: Literal[("auto", *EXTRACTIONS)] = "auto"
     """part to compare; gsm8k: N of `#### N`; answer: <answer>N</answer>; auto: by the first row"""
-    template: Literal["chat", "alpaca", "raw"] | None = None
-    """default: the one the model was trained with, else chat"""
-    max_examples: int | None = None
-    """only the first N rows; default: all"""
-    max_new_tokens: int = 256
-    batch_size: int = 32
-    """prompts answered at once"""
-    temperature: float = 0.0
-    """0: greedy decoding"""
+    template: Template | None = None
+    """of the prompts; None: the one the model was trained with, or chat for a base model"""
+    max_examples: Annotated[int | None, Ge(1)] = None
+    """answer only the first N rows; None: all"""
+    max_new_tokens: Annotated[int, Ge(1)] = 256
+    """the longest answer, in tokens"""
+    batch_size: Annotated[int, Ge(1)] = 32
+    """prompts answered at once on each rank"""
+    temperature: Annotated[float, Ge(0)] = 0.0
+    """of sampling; 0: greedy decoding"""
     seed: int = 0
+    """of sampling"""
     save: str | None = None
     """write each prompt with its answer to this .jsonl file"""
     device: str = "auto"
-    """auto, cuda, mps or cpu"""
+    """auto, cuda, mps, or cpu"""
+    dtype: Dtype = "auto"
+    """of matrix products; auto: bfloat16 on GPUs that support it, else float32"""
 
 
 def read_questions(config: Config, assistant: Assistant) -> list[dict]:
-    """Rows with a reference: the messages, the prompt's ids, the reference and its ids."""
+    """Rows with a reference: the messages, the prompt's ids, the reference, and its ids."""
     questions, encoding, template = [], assistant.encoding, assistant.template
     for place, row in read_sources([config.data], config, Counts()):
         if len(questions) == config.max_examples:
@@ -75,7 +83,7 @@ def read_questions(config: Config, assistant: Assistant) -> list[dict]:
             raise UserError(f"{place}: {error}") from error
         answer = ids[len(prompt) :]
         if template == "chat":
-            answer = answer[:-1]  # <|end|> is the last trained id
+            answer = answer[:-1]  # <|end|> ends an answer; nothing predicts <|endoftext|>
         questions.append({"place": place, "prompt": prompt, "answer": answer, "messages": messages,
                           "reference": messages[-1]["content"]})
     if not questions:
@@ -112,14 +120,13 @@ def reference_batches(config: Config, assistant: Assistant, questions: list[dict
                       ) -> Iterator[MicroBatch]:
     """This rank's prompts with their references; a pair that is too long is cut on the left."""
     block_size, mine = assistant.model.config.block_size, questions[ranks.rank :: ranks.world_size]
-    for at in range(0, len(mine), config.batch_size):
-        batch = mine[at : at + config.batch_size]
+    for start in range(0, len(mine), config.batch_size):
+        batch = mine[start : start + config.batch_size]
         answers = [q["answer"][:block_size] for q in batch]
-        prompts = [q["prompt"][-(block_size + 1 - len(a)) :] if len(a) <= block_size else []
-                   for q, a in zip(batch, answers)]
-        rows = tokenize_prompt_and_output(assistant.encoding, prompts, answers)
-        y = rows["labels"].masked_fill(~rows["response_mask"], IGNORE_INDEX)
-        yield MicroBatch(rows["input_ids"], y, n_tokens=y.numel())
+        prompts = [q["prompt"][-(block_size + 1 - len(a)) :] for q, a in zip(batch, answers)]
+        pairs = tokenize_prompt_and_output(assistant.encoding, prompts, answers)
+        y = pairs["labels"].masked_fill(~pairs["response_mask"], IGNORE_INDEX)
+        yield MicroBatch(pairs["input_ids"], y)
 
 
 def summarize(records: list[dict], how: str) -> dict:
@@ -132,16 +139,15 @@ def summarize(records: list[dict], how: str) -> dict:
 
 def main(config: Config) -> None:
     # --- 1. model and rows ---
-    require_at_least(config, 1, "batch_size", "max_new_tokens", "max_examples")
-    require_at_least(config, 0, "temperature")
-    ranks = setup_distributed(config.device)
+    ranks = setup_distributed(config.device, dtype=config.dtype)
     assistant = load_assistant(config.model, ranks.device)
     assistant = assistant._replace(template=config.template or assistant.template or "chat")
     questions = read_questions(config, assistant)
     how = choose_extraction(config, questions)
 
     # --- 2. each rank answers its share, each row once ---
-    records = answer_questions(config, assistant, questions, how, ranks)
+    with ranks.autocast():
+        records = answer_questions(config, assistant, questions, how, ranks)
     batches = reference_batches(config, assistant, questions, ranks)
     losses = token_loss(assistant.model, batches, ranks)
 
@@ -153,7 +159,7 @@ def main(config: Config) -> None:
     if config.save:
         lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
         Path(config.save).parent.mkdir(parents=True, exist_ok=True)
-        Path(config.save).write_text("".join(lines))
+        Path(config.save).write_text("".join(lines), encoding="utf-8")
     result = {"model": config.model, "data": config.data, **summarize(records, how), **losses}
     for key, value in result.items():
         print(f"{key:14} {value:.4f}" if isinstance(value, float) else f"{key:14} {value}")

@@ -9,18 +9,22 @@ The bytes of the shards do not depend on the number of workers. Speed and disk s
 """
 
 import dataclasses
+import itertools
 import os
-from collections.abc import Iterator
+import shlex
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Annotated
 
 import numpy as np
+from annotated_types import Ge
 from tqdm import tqdm
 
-from nanosft.cli import UserError, require_at_least, run_cli
+from nanosft.cli import run_cli
+from nanosft.errors import UserError
 from nanosft.shards import ShardWriter, new_folder, write_meta
 from nanosft.sources import chunked, ordered_map, read_rows, read_txt, require_file
-from tokenizer import get_encoding
+from tokenizer import EncodingName, get_encoding
 
 CHUNK_CHARS = 200_000  # characters that a worker encodes at a time; 0.1 to 1 M are equally fast
 
@@ -35,14 +39,16 @@ class Config:
     """.txt, .jsonl, .json or .parquet files (rows need a `text`), or hub ID[:CONFIG[:SPLIT]]"""
     subset: str | None = None
     """the hub dataset's configuration (default for FineWeb-Edu: sample-10BT)"""
-    encoding: Literal["gpt2", "bytes"] = "gpt2"
-    shard_tokens: int = 100_000_000
+    encoding: EncodingName = "gpt2"
+    """gpt2: GPT-2's BPE; bytes: one token per byte"""
+    shard_tokens: Annotated[int, Ge(1)] = 100_000_000
     """tokens per shard, at 2 bytes each"""
-    val_tokens: int = 1_000_000
+    val_tokens: Annotated[int, Ge(0)] = 1_000_000
     """the first N tokens become the validation split, at most a tenth of all; 0: none"""
-    max_tokens: int | None = None
+    max_tokens: Annotated[int | None, Ge(1)] = None
     """stop after this many tokens; default: use all"""
-    workers: int = os.cpu_count() or 1
+    workers: Annotated[int, Ge(1)] = os.cpu_count() or 1
+    """processes that encode text"""
 
 
 def read_texts(config: Config) -> Iterator[tuple[str, bool]]:
@@ -51,13 +57,11 @@ def read_texts(config: Config) -> Iterator[tuple[str, bool]]:
         if source.endswith(".txt"):
             yield from read_txt(require_file(Path(source)), CHUNK_CHARS)
             continue
-        subset = config.subset
-        if subset is None and source.endswith("/fineweb-edu"):
-            subset = "sample-10BT"
-        for place, row in read_rows(source, subset):
+        default = "sample-10BT" if source.endswith("/fineweb-edu") else None
+        for place, row in read_rows(source, config.subset or default):
             if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-                found = list(row) if isinstance(row, dict) else type(row).__name__
-                raise UserError(f"{place}: no `text` string (found: {found})")
+                there = list(row) if isinstance(row, dict) else type(row).__name__
+                raise UserError(f"{place}: no `text` string (found: {there})")
             yield row["text"], True
 
 
@@ -72,18 +76,17 @@ def encode_texts(chunk: list[tuple[str, bool]], encoding_name: str) -> np.ndarra
     return np.array(ids, dtype=np.uint16)
 
 
-def first_tokens(pieces: Iterator[np.ndarray], limit: int | None) -> Iterator[np.ndarray]:
-    """The pieces up to `limit` tokens in total; None: all of them."""
+def first_tokens(pieces: Iterator[np.ndarray], limit: int) -> Iterator[np.ndarray]:
+    """The pieces up to `limit` tokens in total."""
     for piece in pieces:
         yield piece[:limit]
-        if limit is not None:
-            limit -= len(piece)
-            if limit <= 0:
-                return
+        limit -= len(piece)
+        if limit <= 0:
+            return
 
 
 def split_off(pieces: Iterator[np.ndarray], val_tokens: int, eot: int) -> tuple:
-    """(validation ids, an iterator over the rest): the first val_tokens, at most a tenth of all."""
+    """(validation ids, the other pieces): the first val_tokens, at most a tenth of all."""
     head, size = [np.empty(0, np.uint16)], 0
     for piece in pieces:
         head.append(piece)
@@ -94,48 +97,40 @@ def split_off(pieces: Iterator[np.ndarray], val_tokens: int, eot: int) -> tuple:
     val, rest = np.split(ids, [min(val_tokens, size // 10)])
     if len(val) and val[-1] != eot:
         val = np.append(val, np.uint16(eot))  # the cut also ends a document
+    return val, itertools.chain([rest], pieces)
 
-    def remaining():
-        yield rest
-        yield from pieces
 
-    return val, remaining()
+def write_split(config: Config, folder: Path, split: str, pieces: Iterable[np.ndarray]) -> dict:
+    """Write the shards of a split; returns its entry in meta.json."""
+    writer = ShardWriter(folder, split, config.shard_tokens)
+    with tqdm(desc=split, unit="tok", unit_scale=True, disable=None) as bar:  # None: TTY only
+        for piece in pieces:
+            writer.add(piece)
+            bar.update(len(piece))
+    return writer.finish()
 
 
 def main(config: Config) -> None:
-    require_at_least(config, 1, "shard_tokens", "workers", "max_tokens")
-    require_at_least(config, 0, "val_tokens")
     encoding = get_encoding(config.encoding)
     with new_folder(config.out) as folder:
-        chunks = chunked(read_texts(config), lambda item: len(item[0]), CHUNK_CHARS)
+        chunks = chunked(read_texts(config), CHUNK_CHARS, lambda item: len(item[0]))
         pieces = ordered_map(encode_texts, chunks, config.workers, config.encoding)
-        pieces = first_tokens(pieces, config.max_tokens)
+        if config.max_tokens:
+            pieces = first_tokens(pieces, config.max_tokens)
         val, train = split_off(pieces, config.val_tokens, encoding.eot_token)
 
-        splits = {}
-        for split, part in (("train", train), ("val", [val])):
-            writer = ShardWriter(folder, split, config.shard_tokens)
-            bar = tqdm(desc=split, unit="tok", unit_scale=True, disable=None)  # None: TTY only
-            for piece in part:
-                writer.add(piece)
-                bar.update(len(piece))
-            bar.close()
-            entry = writer.finish()
-            if entry["tokens"]:
-                splits[split] = entry
-        if "train" not in splits:
+        splits = {"train": write_split(config, folder, "train", train)}
+        if len(val):
+            splits["val"] = write_split(config, folder, "val", [val])
+        if not splits["train"]["tokens"]:
             raise UserError(f"{' '.join(config.source)}: no text found")
         write_meta(folder, {
-            "kind": "text",
-            "encoding": config.encoding,
-            "vocab_size": encoding.n_vocab,
-            "source": list(config.source),
-            "splits": splits,
-        })
+            "kind": "text", "encoding": config.encoding, "vocab_size": encoding.n_vocab,
+            "source": list(config.source), "splits": splits})
     for split, entry in splits.items():
         print(f"{split:5}  {entry['tokens']:>13,} tokens in {entry['shards']} shard(s)")
-    print(f"next: torchrun --standalone --nproc_per_node=1 train_gpt2.py --data {config.out} "
-          "--out out/base")
+    print(f"next: torchrun --standalone --nproc_per_node=1 train_gpt2.py --data "
+          f"{shlex.quote(config.out)} --out out/base")
 
 
 if __name__ == "__main__":

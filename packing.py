@@ -11,12 +11,14 @@ which become T inputs and, shifted by one, T targets.
 
 import collections
 from collections.abc import Sequence
+from typing import Literal, get_args
 
 import numpy as np
 
-from nanosft.cli import UserError, require_choice
+from nanosft.errors import UserError, require_choice
 
-LAYOUTS = ("stream", "fit", "pad", "bucket")
+Layout = Literal["stream", "fit", "pad", "bucket"]
+LAYOUTS = get_args(Layout)
 
 
 def plan_rows(lengths: Sequence[int], block_size: int, layout: str, seed: int | None = 0,
@@ -30,22 +32,20 @@ def plan_rows(lengths: Sequence[int], block_size: int, layout: str, seed: int | 
     >>> plan_rows([5, 4], block_size=4, layout="stream", seed=None)
     [[(0, 0, 5)], [(0, 4, 5), (1, 0, 4)]]
     """
-    plan = Plan(lengths, block_size, layout, seed, epoch, rows_per_step, drop_last)
-    return [plan[i] for i in range(len(plan))]
+    return list(Plan(lengths, block_size, layout, seed, epoch, rows_per_step, drop_last))
 
 
 class Plan:
     """The rows of `plan_rows`, stored as a few integers per example; plan[i] is row i.
 
-    Concatenate the examples in `order`: row i is tokens cuts[i] to cuts[i + 1] of the result, plus
-    one more token in `stream`, where neighboring rows share an id.
+    Concatenate the examples in `order`: row i is tokens begins[i] to stops[i] of the result.
     """
 
     def __init__(self, lengths: Sequence[int], block_size: int, layout: str, seed: int | None = 0,
                  epoch: int = 0, rows_per_step: int = 1, drop_last: bool = False):
         self.lengths = np.asarray(lengths, dtype=np.int32)
         check_plan(self.lengths, block_size, layout, rows_per_step)
-        n, total = len(self.lengths), int(self.lengths.sum(dtype=np.int64))
+        n = len(self.lengths)
         rng = None if seed is None else np.random.default_rng([seed, epoch])
         order = np.arange(n) if rng is None else rng.permutation(n)
         sizes = np.ones(n, np.int64)  # the number of examples in each row
@@ -54,29 +54,27 @@ class Plan:
         elif layout == "bucket":
             order = bucket(self.lengths, order, rows_per_step, rng)
         self.order = order.astype(np.int32)
-        # both are positions in the concatenation
         self.ends = np.cumsum(self.lengths[order], dtype=np.int64)  # (n,) where each example ends
-        self.cuts = np.append(0, self.ends[np.cumsum(sizes) - 1])  # (rows + 1,)
-        self.shared = 0  # ids that a row shares with the next one
         if layout == "stream":
-            rows = (total - 1) // block_size if drop_last else -(-(total - 1) // block_size)
-            rows = max(rows, 1 if n and not drop_last else 0)  # a single id is still a row
-            self.cuts, self.shared = block_size * np.arange(rows + 1), 1
+            self.begins, self.stops = stream(int(self.lengths.sum(dtype=np.int64)),
+                                             block_size, drop_last)
+        else:
+            cuts = np.append(0, self.ends[np.cumsum(sizes) - 1])  # (rows + 1,)
+            self.begins, self.stops = cuts[:-1], cuts[1:]
 
     def __len__(self) -> int:
-        return len(self.cuts) - 1
+        return len(self.begins)
 
     def __getitem__(self, i: int) -> list[tuple[int, int, int]]:
         if not 0 <= i < len(self):
             raise IndexError(i)
-        begin = int(self.cuts[i])
-        stop = min(int(self.cuts[i + 1]) + self.shared, int(self.ends[-1]))
-        pieces, at = [], int(np.searchsorted(self.ends, begin, side="right"))
+        begin, stop = int(self.begins[i]), int(self.stops[i])
+        pieces, k = [], int(np.searchsorted(self.ends, begin, side="right"))
         while begin < stop:
-            example, end = int(self.order[at]), int(self.ends[at])
+            example, end = int(self.order[k]), int(self.ends[k])
             offset = end - int(self.lengths[example])  # where the example begins
             pieces.append((example, begin - offset, min(end, stop) - offset))
-            begin, at = end, at + 1
+            begin, k = end, k + 1
         return pieces
 
 
@@ -91,6 +89,16 @@ def check_plan(lengths: np.ndarray, block_size: int, layout: str, rows_per_step:
     if layout != "stream" and longest > block_size + 1:
         raise UserError(f"an example of {longest} tokens is longer than a row of block_size + 1 = "
                         f"{block_size + 1}; truncate or drop it first (--overlong)")
+
+
+def stream(total: int, block_size: int, drop_last: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Where rows begin and stop in `total` tokens, (rows,) each: neighboring rows share an id.
+
+    Nothing predicts a row's first token, so it has two or more, unless there is only one in all.
+    """
+    last = total - block_size if drop_last else min(total, max(total - 1, 1))
+    begins = np.arange(0, last, block_size)
+    return begins, np.minimum(begins + block_size + 1, total)
 
 
 def bucket(lengths: np.ndarray, order: np.ndarray, rows_per_step: int, rng) -> np.ndarray:
@@ -113,17 +121,16 @@ def fit(lengths: np.ndarray, order: np.ndarray, capacity: int, rng) -> tuple:
     packed = np.empty(len(slots), np.int64)  # (n,) examples, row by row
     # the k-th shortest slot takes the k-th shortest example
     packed[np.argsort(slots, kind="stable")] = order[np.argsort(lengths[order], kind="stable")]
-    row = np.repeat(np.arange(len(sizes)), sizes)  # (n,) the row of each example
-    # where each row goes, and what sorts the examples within a row
     if rng is None:
-        first = np.full(len(sizes), len(packed))  # the first example of each row
-        np.minimum.at(first, row, packed)
-        new_row, within = np.argsort(np.argsort(first)), packed
+        first = np.minimum.reduceat(packed, np.cumsum(sizes) - sizes)  # (rows,) first example
+        place = np.empty(len(sizes), np.int64)  # (rows,) where each row goes
+        place[np.argsort(first)] = np.arange(len(sizes))
+        key = packed  # (n,) sorts the examples of a row
     else:
-        new_row, within = rng.permutation(len(sizes)), rng.random(len(packed))
-    new_sizes = np.empty_like(sizes)
-    new_sizes[new_row] = sizes
-    return packed[np.lexsort((within, new_row[row]))], new_sizes
+        place, key = rng.permutation(len(sizes)), rng.random(len(packed))
+    row = np.repeat(place, sizes)  # (n,) the row of each example
+    by_row_then_key = np.lexsort((key, row))
+    return packed[by_row_then_key], np.bincount(row)
 
 
 def pack_lengths(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
@@ -136,26 +143,26 @@ def pack_lengths(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.nda
     (array([5, 3, 4, 3]), array([2, 2]))
     """
     values, counts = np.unique(lengths, return_counts=True)
-    left = dict(zip(values.tolist()[::-1], counts.tolist()[::-1]))  # longest first
+    unpacked = dict(zip(values.tolist()[::-1], counts.tolist()[::-1]))  # longest first
     slots, sizes = [], []
-    while left:
-        longest = next(iter(left))
-        left[longest] -= 1
-        filling = [longest, *nearest_subset(left, capacity - longest)]
-        left[longest] += 1
+    while unpacked:
+        longest = next(iter(unpacked))
+        unpacked[longest] -= 1
+        filling = [longest, *nearest_subset(unpacked, capacity - longest)]
+        unpacked[longest] += 1
         used = collections.Counter(filling)
-        times = min(left[length] // n for length, n in used.items())  # repeat it while they last
+        times = min(unpacked[length] // n for length, n in used.items())  # while they last
         for length, n in used.items():
-            left[length] -= n * times
-            if not left[length]:
-                del left[length]
+            unpacked[length] -= n * times
+            if not unpacked[length]:
+                del unpacked[length]
         slots += filling * times
         sizes += [len(filling)] * times
     return np.array(slots, dtype=np.int64), np.array(sizes, dtype=np.int64)
 
 
-def nearest_subset(left: dict[int, int], space: int) -> list[int]:
-    """The lengths from `left` (length: count) with the largest sum that is at most `space`.
+def nearest_subset(counts: dict[int, int], space: int) -> list[int]:
+    """The lengths from `counts` (length: count) with the largest sum that is at most `space`.
 
     Bit s of the integer `sums` says whether the lengths so far can add up to s.
 
@@ -163,7 +170,7 @@ def nearest_subset(left: dict[int, int], space: int) -> list[int]:
     [5, 5, 7, 7]
     """
     sums, mask, trail = 1, (1 << (space + 1)) - 1, []
-    for length, n in left.items():
+    for length, n in counts.items():
         for _ in range(min(n, space // length)):
             trail.append((length, sums))  # one more copy, and the sums without it
             sums |= (sums << length) & mask

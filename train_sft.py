@@ -9,13 +9,14 @@ attend to each other; and the model is judged by its answers. Everything else is
 """
 
 import dataclasses
-from typing import Literal
+from typing import Annotated, Literal
 
+from annotated_types import Ge
 from torch import Tensor
 
-from model import GPT, IGNORE_INDEX
-from nanosft.assistant import Assistant, answer_samples
-from nanosft.cli import require_at_least, run_cli
+from answer import Assistant, answer_samples
+from model import GPT
+from nanosft.cli import run_cli
 from nanosft.ranks import Ranks
 from nanosft.shards import read_meta
 from sft_data import SFTDataset
@@ -36,10 +37,13 @@ class Config(PretrainingConfig):
     rows_per_step: int = 32  # SFT: likewise
     """rows per optimizer step, over all ranks"""
     epochs: int = 3  # SFT: few examples, so each is read more than once
-    learning_rate: float = 5e-5  # SFT: a twelfth of pretraining's, to keep its knowledge
+    """passes over the data"""
+    learning_rate: float = 5e-5  # SFT: 1/12 of pretraining's: do not overwrite what the model knows
     """peak, reached at the end of the warm-up"""
     warmup_steps: int = 20  # SFT: a run has only hundreds of steps
+    """steps of linear warm-up"""
     weight_decay: float = 0.0  # SFT: nothing pulls pretrained weights toward zero
+    """AdamW's, on matrices only"""
     save_every: int = 500  # SFT: a shorter run
     """steps between checkpoints; 0: only at the end"""
     layout: Literal["stream", "fit", "pad", "bucket"] = "fit"
@@ -47,20 +51,18 @@ class Config(PretrainingConfig):
     isolate: bool = True
     """examples in one row do not attend to each other"""
     loss_on: Literal["response", "all"] = "response"
-    """which targets are trained; all: prompts as well"""
+    """which targets are in the loss; all: prompts as well"""
     overlong: Literal["drop", "truncate", "error"] = "truncate"
     """what to do with an example longer than a row (T + 1 ids)"""
-    max_examples: int | None = None
+    max_examples: Annotated[int | None, Ge(1)] = None
     """train on only the first N examples; default: all"""
-    eval_prompts: int = 4
+    eval_prompts: Annotated[int, Ge(0)] = 4
     """validation prompts answered at each evaluation; 0: none"""
 
 
 def open_rows(config: Config, split: str) -> SFTDataset | None:
     """SFT: rows of chats add weights and segments; validation keeps the data's order."""
     n, is_train = config.max_examples, split == "train"
-    require_at_least(config, 1, "max_examples")
-    require_at_least(config, 0, "eval_prompts")
     if split not in read_meta(config.data, "sft")["splits"]:
         return None
     return SFTDataset(config.data, split, config.block_size, config.layout,
@@ -70,14 +72,13 @@ def open_rows(config: Config, split: str) -> SFTDataset | None:
 
 
 def forward_sft(model, x: Tensor, y: Tensor, weights: Tensor,
-                segments: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """(loss_sum, weight_sum) of a micro-batch; all arguments (B, T), weights as fractions.
+                segments: Tensor | None = None) -> Tensor:
+    """The loss sum of a micro-batch; all arguments (B, T), weights as fractions (1.0: in full).
 
     `model` may be a DDP wrapper and must be called as such: calling the GPT inside it would
     silently leave the ranks' gradients unsynchronized.
     """
-    weight_sum = weights[y != IGNORE_INDEX].sum()
-    return model(x, y, weights, segments), weight_sum  # SFT: weights and segments
+    return model(x, y, weights, segments)  # SFT: weights and segments
 
 
 def judge(model: GPT, meta: dict, val: SFTDataset | None, config: Config, ranks: Ranks) -> dict:

@@ -22,9 +22,13 @@ import dataclasses
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Annotated
+
+from annotated_types import Ge, Lt
 
 from data.worksheet import write_rows
-from nanosft.cli import UserError, require_at_least, run_cli
+from nanosft.cli import run_cli
+from nanosft.errors import UserError
 
 
 @dataclasses.dataclass
@@ -34,18 +38,19 @@ class Config:
     out: str
     """folder for the files"""
     seed: int = 1
-    addends: int = 5
+    """of all files"""
+    addends: Annotated[int, Ge(2)] = 5
     """numbers in a question: one of two digits, then digits"""
-    corpus_bytes: int = 2_000_000
+    corpus_bytes: Annotated[int, Ge(1)] = 2_000_000
     """size of the corpus; in the `bytes` encoding, the tokens of one epoch of pretraining"""
-    train_sets: int = 3
+    train_sets: Annotated[int, Ge(1)] = 3
     """files of training rows, with different questions in each"""
-    correct: int = 2048
+    correct: Annotated[int, Ge(1)] = 2048
     """rows of each training set that are correct"""
-    wrong: float = 0.3
+    wrong: Annotated[float, Ge(0), Lt(1)] = 0.3
     """share of the rows of each training set that are wrong"""
-    test: int = 200
-    """rows of test.jsonl, with other questions than any training set; all are correct"""
+    test: Annotated[int, Ge(1)] = 200
+    """rows of test.jsonl, with questions that are in no training set; all are correct"""
 
 
 def random_question(rng: random.Random, addends: int) -> tuple[int, ...]:
@@ -75,20 +80,20 @@ def steps(addends: tuple[int, ...], slip: int | None = None, by: int = 0) -> lis
     >>> steps((14, 5, 8), slip=0, by=1)
     ['14+5=20', '20+8=28']
     """
-    total, found = addends[0], []
+    total, sums = addends[0], []
     for i, addend in enumerate(addends[1:]):
         result = total + addend + (by if i == slip else 0)
-        found.append(f"{total}+{addend}={result}")
+        sums.append(f"{total}+{addend}={result}")
         total = result
-    return found
+    return sums
 
 
 def make_row(addends: tuple[int, ...], slip: int | None = None, by: int = 0) -> dict:
     """A row with both answers to one question."""
-    found = steps(addends, slip, by)
-    answer = f"<answer>{found[-1].split('=')[1]}</answer>"
+    sums = steps(addends, slip, by)
+    answer = f"<answer>{sums[-1].split('=')[1]}</answer>"
     return {"question": "+".join(map(str, addends)) + "=?",
-            "cot": f"<think>{' '.join(found)}</think> {answer}",
+            "cot": f"<think>{' '.join(sums)}</think> {answer}",
             "direct": f"<think></think> {answer}",
             "correct": slip is None}
 
@@ -98,10 +103,10 @@ def distinct_questions(rng: random.Random, addends: int, n: int) -> list[tuple[i
     if n > possible // 2:
         raise UserError(f"--addends {addends} makes {possible} different questions, and at most "
                         f"half of them can be used, but {n} are wanted; ask for fewer rows")
-    found = {}  # a dict keeps the order in which they were drawn
-    while len(found) < n:
-        found[random_question(rng, addends)] = None
-    return list(found)
+    drawn = {}  # a dict keeps the order in which they were drawn
+    while len(drawn) < n:
+        drawn[random_question(rng, addends)] = None
+    return list(drawn)
 
 
 def training_set(rng: random.Random, questions: list[tuple[int, ...]], correct: int) -> list[dict]:
@@ -114,10 +119,6 @@ def training_set(rng: random.Random, questions: list[tuple[int, ...]], correct: 
 
 
 def main(config: Config) -> None:
-    require_at_least(config, 2, "addends")
-    require_at_least(config, 1, "train_sets", "correct", "test")
-    if not 0 <= config.wrong < 1:
-        raise UserError(f"--wrong {config.wrong} must be at least 0 and less than 1")
     rng, out = random.Random(config.seed), Path(config.out)
     n_train = round(config.correct / (1 - config.wrong))
     n_all = config.test + config.train_sets * n_train

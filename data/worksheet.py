@@ -19,7 +19,9 @@ import dataclasses
 import json
 import random
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
+
+from annotated_types import Ge, Le
 
 from nanosft.cli import run_cli
 
@@ -31,9 +33,10 @@ class Config:
     out: str
     """folder for the .jsonl files"""
     seed: int = 1
-    corpus_bytes: int = 1_300_000
+    """of the corpus and of which questions are held out"""
+    corpus_bytes: Annotated[int, Ge(1)] = 1_300_000
     """size of the corpus; in the `bytes` encoding, the tokens of one epoch of pretraining"""
-    worksheets: float = 0.15
+    worksheets: Annotated[float, Ge(0), Le(1)] = 0.15
     """share of the documents that are worksheets"""
 
 
@@ -126,7 +129,7 @@ def write_rows(path: Path, rows: list[dict]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def generate(config: Config) -> None:
+def main(config: Config) -> None:
     rng, out = random.Random(config.seed), Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     trained, heldout = split_half(rng)
@@ -144,4 +147,4 @@ def generate(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    run_cli(generate, Config)
+    run_cli(main, Config)

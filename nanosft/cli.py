@@ -1,25 +1,22 @@
-"""The command line of every script: flags from a dataclass, and one-line user errors."""
+"""The command line of every script: flags from a dataclass, their bounds, one-line user errors."""
 
-import contextlib
 import datetime
-import errno
+import inspect
+import operator
 import os
-import shutil
+import re
+import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator
-from pathlib import Path
+import threading
+import time
+from collections.abc import Callable
 from typing import NoReturn
 
-import torch.distributed as dist
+from nanosft.errors import NO_SPACE, UserError, one_line
 
-from nanosft.process import end_with
-
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-class UserError(ValueError):
-    """Something the user can fix. The message names the file, row or flag, and what to do."""
+BOUNDS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
+LARGEST = 2**62  # of a flag without an upper bound: beyond it, int64 could overflow
 
 
 def run_cli(main: Callable, config_class: type) -> None:
@@ -34,7 +31,10 @@ def run_cli(main: Callable, config_class: type) -> None:
         end_with(os.getppid())
     try:
         try:
-            main(tyro.cli(config_class, config=(tyro.conf.OmitArgPrefixes,), use_underscores=True))
+            config = tyro.cli(config_class, use_underscores=True, config=(
+                tyro.conf.OmitArgPrefixes, tyro.conf.HelptextFromCommentsOff))
+            check_bounds(config)
+            main(config)
         finally:
             sys.stdout.flush()  # here, where a closed pipe is caught
     except UserError as error:
@@ -44,76 +44,45 @@ def run_cli(main: Callable, config_class: type) -> None:
     except OSError as error:
         if error.filename is None and error.errno not in NO_SPACE:
             raise
-        name = f"{error.filename}: " if error.filename is not None else ""
-        exit_with(f"{name}{error.strerror}")
+        exit_with(f"{error.filename}: {error.strerror}" if error.filename else error.strerror)
     except KeyboardInterrupt:
         exit_with("interrupted", 130)
     except RuntimeError as error:
-        if not is_lost_rank(error):
+        import torch.distributed as dist
+
+        gloo = re.search("gloo|Connection closed by peer", str(error), re.IGNORECASE)
+        if not gloo and not isinstance(error, dist.DistError):  # NCCL's
             raise
-        exit_with("lost the connection to another rank: it failed, or its machine is down; see its "
-                  "output")
+        exit_with("lost the connection to another rank, which failed or is down; see its output")
 
 
-def require_choice(name: str, value, choices) -> None:
-    """UserError unless `value` is one of the choices."""
-    if value not in choices:
-        raise UserError(f"--{name}: unknown {name} {value!r}; choose from {list(choices)}")
-
-
-def require_at_least(config, least: int, *names: str, most: float = 2**62) -> None:
-    """UserError if one of these flags is set and not from `least` to `most`; nan never is."""
-    for name in names:
-        values = getattr(config, name)
+def check_bounds(config) -> None:
+    """UserError if a number is set but outside the bounds of its flag; NaN always is."""
+    bounds_by_flag = bounds_of(type(config))
+    for name, values in vars(config).items():
         for value in values if isinstance(values, tuple) else (values,):
-            if value is not None and not least <= value <= most:
-                limit = f" and at most {most:g}" if value > most else ""
-                raise UserError(f"--{name} {value} must be at least {least}{limit}")
+            if not isinstance(value, int | float):
+                continue
+            bounds = bounds_by_flag.get(name, {})
+            if not value <= LARGEST and not {"le", "lt"} & bounds.keys():
+                bounds = bounds | {"le": LARGEST}
+            if not all(getattr(operator, key)(value, limit) for key, limit in bounds.items()):
+                words = [f"{BOUNDS[key]} {limit:,}" for key, limit in bounds.items()]
+                raise UserError(f"--{name} {value} must be {' and '.join(words)}")
 
 
-def one_line(message: str) -> str:
-    r"""A message without control characters and in at most 300 characters, besides the user's own
-    arguments in it. The middle is cut: the place stands at its start, what to do at its end.
+def bounds_of(config_class: type) -> dict[str, dict[str, float]]:
+    """{flag: {"ge": 1, …}} of the flags with bounds, from annotations as Annotated[int, Ge(1)].
 
-    >>> one_line("a.jsonl line 3: \x1b[2J is no role")
-    'a.jsonl line 3: \\x1b[2J is no role'
+    A flag that a subclass overrides without bounds keeps those of its parent.
     """
-    limit = 300 + sum(len(word) for word in set(sys.argv[1:]) if word in message)
-    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
-    return shown if len(shown) <= limit else f"{shown[: limit - 143]} … {shown[-140:]}"
-
-
-def minutes(name: str, value: float) -> datetime.timedelta:
-    """UserError unless `value` is a time from above 0 to 10 years."""
-    if not 0 < value < 5_000_000:
-        raise UserError(f"--{name} {value} must be more than 0 and less than 5,000,000 minutes")
-    return datetime.timedelta(minutes=value)
-
-
-@contextlib.contextmanager
-def explain_write_errors(path: Path, advice: str = "free some space and run the command again",
-                         ) -> Iterator[None]:
-    """A failed write to `path`, such as on a full disk, becomes a UserError with its name.
-
-    Of these errors NumPy's has no errno, torch's is a RuntimeError, safetensors' its own class.
-    """
-    try:
-        yield
-    except Exception as error:
-        its_own = ("os error", "PytorchStreamWriter", "unexpected pos")
-        if not isinstance(error, OSError) and not any(words in str(error) for words in its_own):
-            raise
-        reason = getattr(error, "strerror", None) or "cannot be written"
-        raise UserError(f"{path}: {reason} ({free_bytes(path) / 1e6:,.1f} MB free); {advice}"
-                        ) from error
-
-
-def free_bytes(path: Path) -> int:
-    """Free space on the disk of `path`, which need not exist."""
-    path = path.absolute()
-    while not path.exists():
-        path = path.parent
-    return shutil.disk_usage(path).free
+    found = {}
+    for cls in reversed(config_class.__mro__):
+        for name, hint in inspect.get_annotations(cls, eval_str=True).items():
+            bounds = {key: getattr(bound, key) for bound in getattr(hint, "__metadata__", ())
+                      for key in BOUNDS if hasattr(bound, key)}  # Ge(1).ge == 1
+            found[name] = bounds or found.get(name, {})
+    return found
 
 
 def exit_with(message: str, code: int = 2) -> NoReturn:
@@ -131,17 +100,26 @@ def is_first_to_report(message: str) -> bool:
 
     If the store cannot be reached, every rank reports: repeated lines are better than none.
     """
-    address, port = os.environ.get("MASTER_ADDR", "localhost"), os.environ.get("MASTER_PORT", 29500)
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
+    import torch.distributed as dist
+
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)  # of --max-restarts: the same store
     try:
-        timeout = datetime.timedelta(seconds=5)
-        store = dist.TCPStore(address, int(port), is_master=False, timeout=timeout)
+        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]),
+                              timeout=datetime.timedelta(seconds=5))
         return store.add(f"nanosft error, attempt {attempt}: {message}", 1) == 1
-    except RuntimeError:  # torch.distributed.DistError is a subclass
+    except (KeyError, RuntimeError):  # torch.distributed.DistError is a RuntimeError
         return True
 
 
-def is_lost_rank(error: RuntimeError) -> bool:
-    """Is this how NCCL or Gloo reports that another rank is gone?"""
-    gloo = "gloo" in str(error).lower() or "Connection closed by peer" in str(error)
-    return isinstance(error, dist.DistError) or gloo
+def end_with(parent: int) -> None:
+    """Stop this process once its parent is gone: SIGTERM, and 30 s later, as torchrun does, a hard
+    exit."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(30)
+        os._exit(128 + signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()

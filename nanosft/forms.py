@@ -3,13 +3,14 @@
 import collections
 import dataclasses
 import functools
+import itertools
 import json
 from collections.abc import Callable
 from typing import Annotated, NamedTuple
 
 import tyro
 
-from nanosft.cli import UserError
+from nanosft.errors import UserError
 
 Counts = collections.Counter  # of what a report names: ("unused", "id"): 7
 
@@ -66,14 +67,14 @@ def require_shallow(name: str, value, limit: int = 100) -> None:
 # ----- a row of a dataset as messages ------------------------------------------------------------
 
 
-def read_chat(names: list[str], values: list, left: dict) -> list[dict]:
-    return read_turns(names[0], values[0], left)
+def read_chat(names: list[str], values: list, unused: dict) -> list[dict]:
+    return read_turns(names[0], values[0], unused)
 
 
-def read_pair(names: list[str], values: list, left: dict) -> list[dict]:
+def read_pair(names: list[str], values: list, unused: dict) -> list[dict]:
     """A prompt, a response and perhaps an input; or two lists of messages (TRL's form)."""
     if isinstance(values[0], list) and isinstance(values[1], list) and not any(values[2:]):
-        prompt, response = (read_turns(*pair, left) for pair in zip(names[:2], values))
+        prompt, response = (read_turns(*pair, unused) for pair in zip(names[:2], values))
         kept = [{"weight": 0} | turn if turn["role"] == "assistant" else turn for turn in prompt]
         return kept + response  # an answer in the prompt is context
     for name, value in zip(names, values):
@@ -84,7 +85,7 @@ def read_pair(names: list[str], values: list, left: dict) -> list[dict]:
             {"role": "assistant", "content": values[1]}]
 
 
-def read_text(names: list[str], values: list, left: dict) -> str:
+def read_text(names: list[str], values: list, unused: dict) -> str:
     if not isinstance(values[0], str) or not values[0]:
         raise UserError(f"`text` is {show(values[0]) if values[0] else 'empty'}, not a string")
     return values[0]
@@ -133,17 +134,17 @@ def messages_of(row: dict, reading: Reading | None = None, counts: Counts | None
     if not isinstance(row, dict):
         raise UserError(f"expected an object, not a {type(row).__name__}")
     reading, counts = reading or Reading(), Counts() if counts is None else counts
-    columns, left = map_columns(row, reading)
+    columns, unused = map_columns(row, reading)
     form, names = find_form(frozenset(columns), frozenset(reading.mapping))
     refuse_by_name(columns, form)
     if form is None:
         raise UserError(f"unknown form with keys {show(sorted(row))}, not null: "
                         f"{show(sorted(columns))}; see the forms in data/README.md, or say which "
                         "is which: --columns prompt=…,response=…")
-    messages = form.read(names, [columns.pop(name) for name in names], left)
+    messages = form.read(names, [columns.pop(name) for name in names], unused)
     if isinstance(messages, list):
         messages = with_system(messages, columns)
-    check_unused(left | columns, messages, reading, counts)
+    check_unused(unused | columns, messages, reading, counts)
     return repaired(messages, counts) if reading.repair and form.read != read_text else messages
 
 
@@ -156,9 +157,9 @@ def map_columns(row: dict, reading: Reading) -> tuple[dict, dict]:
     given = {name: value for name, value in row.items() if value is not None}
     mapped = {name: given[column] for name, column in reading.mapping.items() if column in given}
     columns = {name: given[name] for name in given if name not in reading.mapping.values()}
-    unused = {*reading.mapping, *reading.ignore}
-    left = {name: columns.pop(name) for name in [*columns] if name in unused}
-    return columns | mapped, left
+    names = {*reading.mapping, *reading.ignore}
+    unused = {name: columns.pop(name) for name in [*columns] if name in names}
+    return columns | mapped, unused
 
 
 @functools.lru_cache(maxsize=1024)
@@ -193,10 +194,10 @@ def refuse_by_name(columns: dict, form: Form | None) -> None:
                         "path of a tree one {messages} row, or --ignore these columns")
 
 
-def read_turns(column: str, turns, left: dict) -> list[dict]:
+def read_turns(column: str, turns, unused: dict) -> list[dict]:
     """A list of messages, of strings (user and assistant in turn), or either as a JSON string.
 
-    Keys that are not used go to `left`, with the values of all turns.
+    Keys that are not used go to `unused`, with the values of all turns.
     """
     if isinstance(turns, str):
         try:
@@ -211,10 +212,10 @@ def read_turns(column: str, turns, left: dict) -> list[dict]:
     if kinds == {str}:
         return [{"role": ("user", "assistant")[i % 2], "content": turn}
                 for i, turn in enumerate(turns)]
-    return [read_turn(i, turn, left) for i, turn in enumerate(turns)]
+    return [read_turn(i, turn, unused) for i, turn in enumerate(turns)]
 
 
-def read_turn(i: int, turn: dict, left: dict) -> dict:
+def read_turn(i: int, turn: dict, unused: dict) -> dict:
     turn = {key: value for key, value in turn.items() if value is not None}
     role = turn.pop("role" if "role" in turn else "from", None)
     if not isinstance(role, str) or role not in ROLES:
@@ -231,18 +232,18 @@ def read_turn(i: int, turn: dict, left: dict) -> dict:
     if not isinstance(message.get("weight", 1), int | float):
         raise UserError(f"weight {show(message['weight'])} is not a number from 0 to 1")
     for key, value in turn.items():
-        left.setdefault(f"message key {key}", []).append(value)
+        unused.setdefault(f"message key {key}", []).append(value)
     return message
 
 
 def read_part(i: int, part) -> str:
     """The text of {"type": "text", "text": …}."""
-    found = {k: v for k, v in part.items() if v is not None} if isinstance(part, dict) else {}
-    if found.keys() - {"type", "text"} or not isinstance(found.get("text"), str):
-        kind = found.get("type", part)
+    given = {k: v for k, v in part.items() if v is not None} if isinstance(part, dict) else {}
+    if given.keys() - {"type", "text"} or not isinstance(given.get("text"), str):
+        kind = given.get("type", part)
         raise UserError(f"message {i} has a part of type {show(kind)}; the model reads only text "
                         '({"type": "text", "text": …}); leave out such rows')
-    return found["text"]
+    return given["text"]
 
 
 def with_system(messages: list[dict], columns: dict) -> list[dict]:
@@ -258,9 +259,10 @@ def with_system(messages: list[dict], columns: dict) -> list[dict]:
     return [{"role": "system", "content": columns.pop(name)}, *messages[len(own) :]]
 
 
-def check_unused(left: dict, messages: list[dict] | str, reading: Reading, counts: Counts) -> None:
+def check_unused(unused: dict, messages: list[dict] | str, reading: Reading,
+                 counts: Counts) -> None:
     """Count what is not used, and refuse a row whose prompt or answer would lose text."""
-    for name, value in left.items():
+    for name, value in unused.items():
         counts["unused", name] += holds_text(value)
         key = name.removeprefix("message key ")
         is_text = key.lower() in TEXT_NAMES or (key != name and key.lower() in MEDIA)
@@ -300,3 +302,33 @@ def repaired(messages: list[dict], counts: Counts) -> list[dict]:
         merged.pop()
         counts["repaired", "trailing questions dropped"] += 1
     return merged
+
+
+# ----- what is refused in messages ----------------------------------------------------------------
+
+
+def check_messages(messages: list[dict]) -> None:
+    """UserError unless: [system], then user and assistant alternating, with string contents."""
+    if not isinstance(messages, list) or not messages:
+        raise UserError("messages must be a non-empty list")
+    has_system = isinstance(messages[0], dict) and messages[0].get("role") == "system"
+    roles = itertools.chain(["system"] * has_system, itertools.cycle(["user", "assistant"]))
+    for i, (message, role) in enumerate(zip(messages, roles)):
+        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
+            raise UserError(f"message {i} has no `content` string")
+        if message.get("role") != role:
+            raise UserError(f"message {i} has role {message.get('role')!r}, expected {role!r}; the "
+                            "order is: system (optional), then user and assistant alternating")
+        if role == "assistant" and not message["content"]:
+            raise UserError(f"message {i}: the response is empty, so there is nothing to train on")
+        extra = message.get("input")
+        if extra is not None and (role != "user" or not isinstance(extra, str)):
+            raise UserError(f"message {i}: `input` must be a string in a user message")
+        weight = 0 if message.get("weight") is None else message["weight"]
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight <= 1:
+            raise UserError(f"weight {weight!r} is not a number from 0 to 1")
+        if weight and role != "assistant":
+            raise UserError(f"message {i}: weight {weight} on a {role} message; only assistant "
+                            "messages can have one")
+    if has_system and len(messages) == 1:
+        raise UserError("there is only a system message; add a user message")

@@ -1,16 +1,14 @@
-"""The files beside a model's weights that let other programs open it: transformers, TRL, vLLM,
-llama.cpp, MLX.
+"""The files beside a model's weights that let transformers, TRL, vLLM, llama.cpp and MLX open it.
 
 - tokenizer.json: a tiktoken encoding as a byte-level BPE, with the specials as added tokens
 - tokenizer_config.json: end and padding tokens, and the chat template
-- chat_template_generation.jinja: the same template with `{% generation %}` around what is trained,
-  for trainers that want assistant masks; some engines cannot read the mark, so it is a second file
+- chat_template_generation.jinja: the same template with `{% generation %}` around what is in the
+  loss, for trainers that want assistant masks; some engines cannot read the mark
 - generation_config.json: every id that ends an answer
 
 Two things differ from nanosft, because other programs tokenize the rendered chat as one string: a
-user who types `<|end|>` gets the token (the model card says what to do), and in `alpaca` and `raw`,
-where no special token stands between the messages, the last characters of one may merge with the
-first of the next; single-turn prompts are not affected.
+user who types `<|end|>` gets the token (the model card says what to do), and in `alpaca` and `raw`
+the end of a message may merge with the start of the next; single-turn prompts are not affected.
 """
 
 import functools
@@ -21,19 +19,13 @@ from pathlib import Path
 
 import tiktoken
 
-from tokenizer import ALPACA, ALPACA_WITH_INPUT, get_encoding, stop_ids
-
-# ----- tokenizer.json ----------------------------------------------------------------------------
+from nanosft.errors import write_json
 
 
 def byte_symbols() -> dict[int, str]:
-    """byte -> the printable character that stands for it in tokenizer.json.
+    """byte -> the printable character that stands for it in tokenizer.json: b" " -> "Ġ".
 
-    Source: openai/gpt-2, src/encoder.py, bytes_to_unicode: printable bytes stand for themselves,
-    the others for the characters from U+0100 on.
-
-    >>> [byte_symbols()[byte] for byte in b"a b"]
-    ['a', 'Ġ', 'b']
+    Source: openai/gpt-2, src/encoder.py, bytes_to_unicode.
     """
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
@@ -43,23 +35,20 @@ def byte_symbols() -> dict[int, str]:
 def recover_merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
     """The merge that makes each token of several bytes, in the order of their ranks.
 
-    tiktoken keeps only the result of each merge. Its two sides are what the merges of lower rank
-    make of the token's bytes. A token that they cannot reduce to two sides occurs in no text.
-
-    >>> recover_merges({b"a": 0, b"b": 1, b"c": 2, b"bc": 3, b"abc": 4})
-    [(b'b', b'c'), (b'a', b'bc')]
+    tiktoken keeps only the result of each merge. Applying the lower-ranked merges to its bytes
+    leaves the two halves. A token that they cannot reduce to two halves occurs in no text.
     """
     merges = []
     for token in sorted((token for token in ranks if len(token) > 1), key=ranks.get):
         pieces = [token[i : i + 1] for i in range(len(token))]
         while len(pieces) > 2:
             pairs = [ranks.get(a + b, math.inf) for a, b in itertools.pairwise(pieces)]
-            at = pairs.index(min(pairs))
-            if pairs[at] == math.inf:
+            first = pairs.index(min(pairs))
+            if pairs[first] == math.inf:
                 break
-            pieces[at : at + 2] = [pieces[at] + pieces[at + 1]]
+            pieces[first : first + 2] = [pieces[first] + pieces[first + 1]]
         if len(pieces) == 2:
-            merges.append((pieces[0], pieces[1]))
+            merges.append(tuple(pieces))
     return merges
 
 
@@ -71,10 +60,9 @@ def tokenizer_json(encoding: tiktoken.Encoding, n_vocab: int) -> str:
     def spell(token: bytes) -> str:
         return "".join(symbols[byte] for byte in token)
 
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
-             "special": True}
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     specials = sorted((i, text) for text, i in encoding._special_tokens.items() if i < n_vocab)
-    # use_regex: split with GPT-2's pattern; where bytes never merge, splitting changes nothing
+    # use_regex: split with GPT-2's pattern, where bytes merge at all
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False,
              "use_regex": encoding.name != "bytes"}
     model = {
@@ -86,13 +74,12 @@ def tokenizer_json(encoding: tiktoken.Encoding, n_vocab: int) -> str:
     }
     return json.dumps({
         "version": "1.0", "truncation": None, "padding": None,
-        "added_tokens": [{"id": i, "content": text, **flags} for i, text in specials],
+        "added_tokens": [{"id": i, "content": text, **flags, "special": True}
+                         for i, text in specials],
         "normalizer": None, "pre_tokenizer": level, "post_processor": None, "decoder": level,
         "model": model,
     }, ensure_ascii=False) + "\n"
 
-
-# ----- chat templates ----------------------------------------------------------------------------
 
 # Jinja, the language of chat templates. The tokens are spelled out, never built from a role, so
 # transformers can tell them from the same characters in a message.
@@ -126,30 +113,29 @@ SINGLE_TURN = """
 """
 
 
-def chat_template(template: str, marks: bool = False) -> str:
-    """A template of tokenizer.py in Jinja; marks: with `{% generation %}` around what is trained.
+def chat_template(template: str, alpaca: tuple[str, str], marks: bool = False) -> str:
+    """A template of tokenizer.py in Jinja; marks: with `{% generation %}` around what is in the
+    loss. alpaca: its two texts, without input and with.
 
-    It gives the ids of `render`, and with add_generation_prompt those of `render_prompt`; the head
-    of this file names the two exceptions. Like those two, it refuses messages out of order.
+    It gives the ids of `render` and, with add_generation_prompt, those of `render_prompt`, but for
+    the two things at the top of this file, and refuses messages out of order as they do.
     """
-    answer, end = trained("text ~ ('<|endoftext|>' if loop.last else '')", marks), ""
+    context, end = "{{- text -}}", ""
+    answer = supervised("text ~ ('<|endoftext|>' if loop.last else '')", marks)
     if template == "chat":
         context, end = CHAT_CONTEXT, CHAT_PROMPT_END
-        answer = ("{{- '<|assistant|>' -}}" + trained("text ~ '<|end|>'", marks)
+        answer = ("{{- '<|assistant|>' -}}" + supervised("text ~ '<|end|>'", marks)
                   + "{{- '<|endoftext|>' if loop.last else '' -}}")
     elif template == "alpaca":
-        with_input, without = (text.replace("{content}", "{{ message['content'] }}")
-                               .replace("{input}", "{{ message['input'] }}")
-                               for text in (ALPACA_WITH_INPUT, ALPACA))
+        without, with_input = (text.replace("{content}", "{{ message['content'] }}")
+                               .replace("{input}", "{{ message['input'] }}") for text in alpaca)
         context = (SINGLE_TURN + "{%- if message['input'] -%}\n" + with_input
                    + "\n{%- else -%}\n" + without + "\n{%- endif -%}")
-    else:
-        context = "{{- text -}}"
     parts = [START, answer, "\n{%- else -%}\n", context, "\n{%- endif -%}\n{%- endfor -%}\n", end]
     return "".join(parts).strip()
 
 
-def trained(expression: str, marks: bool) -> str:
+def supervised(expression: str, marks: bool) -> str:
     """Jinja that prints an expression; marks: with a generation mark, unless its weight is 0."""
     shown = "{{- " + expression + " -}}"
     if not marks:
@@ -158,32 +144,26 @@ def trained(expression: str, marks: bool) -> str:
             + "{%- else -%}{%- generation -%}" + shown + "{%- endgeneration -%}{%- endif -%}")
 
 
-# ----- the folder --------------------------------------------------------------------------------
+def special_ids(encoding: tiktoken.Encoding, stops: list[int]) -> dict[str, int]:
+    """Keys of config.json; stops: the ids that end an answer, the template's end token first."""
+    eot = encoding.eot_token
+    return {"bos_token_id": eot, "eos_token_id": stops[0], "pad_token_id": eot}
 
 
-def save_model(folder: str | Path, model, encoding: str | None = None,
-               template: str | None = None, **settings) -> None:
-    """Write a `GPT` and, if its encoding is named, the files listed at the top of this file.
-
-    template None: without chat templates. settings: extra keys of config.json.
+def write_files(folder: Path, sizes, encoding: tiktoken.Encoding, stops: list[int],
+                template: str | None, alpaca: tuple[str, str]) -> None:
+    """Write the files listed at the top. sizes: model.GPTConfig; template None: no chat template.
     """
-    if encoding is None:
-        return model.save_pretrained(folder, **settings)
-    names = {"encoding": encoding} | ({"template": template} if template else {})
-    folder, found, sizes = Path(folder), get_encoding(encoding), model.config
-    # a text starts with <|endoftext|>, and ends with the template's end token
-    eot, stops = found.eot_token, stop_ids(found, template)
-    ids = {"bos_token_id": eot, "eos_token_id": stops[0], "pad_token_id": eot}
-    model.save_pretrained(folder, **names, **ids, **settings)
-    vocabulary = tokenizer_json(found, sizes.n_vocab)
+    vocabulary = tokenizer_json(encoding, sizes.n_vocab)
     (folder / "tokenizer.json").write_text(vocabulary, encoding="utf-8")
-    tokens = {key.removesuffix("_id"): found.decode([i]) for key, i in ids.items()}
-    tokenizer = {"tokenizer_class": "PreTrainedTokenizerFast", **tokens, "add_bos_token": False,
-                 "clean_up_tokenization_spaces": False, "model_max_length": sizes.block_size}
+    ids = special_ids(encoding, stops)
+    tokenizer = {"tokenizer_class": "PreTrainedTokenizerFast",
+                 **{key.removesuffix("_id"): encoding.decode([i]) for key, i in ids.items()},
+                 "add_bos_token": False, "clean_up_tokenization_spaces": False,
+                 "model_max_length": sizes.block_size}
     if template is not None:
-        tokenizer["chat_template"] = chat_template(template)
-        marked = chat_template(template, marks=True) + "\n"
+        tokenizer["chat_template"] = chat_template(template, alpaca)
+        marked = chat_template(template, alpaca, marks=True) + "\n"
         (folder / "chat_template_generation.jinja").write_text(marked, encoding="utf-8")
-    generation = ids | {"eos_token_id": stops}
-    for name, content in (("tokenizer_config", tokenizer), ("generation_config", generation)):
-        (folder / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
+    write_json(folder / "tokenizer_config.json", tokenizer)
+    write_json(folder / "generation_config.json", ids | {"eos_token_id": stops})

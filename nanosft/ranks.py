@@ -1,16 +1,67 @@
-"""The processes that torchrun started (ranks): their devices, sums and exchanges."""
+"""The processes that torchrun started (ranks): devices, sums, exchanges, requests to stop."""
 
 import contextlib
 import dataclasses
+import datetime
 import itertools
+import math
 import os
+import signal
+import time
+from typing import Literal, get_args
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nanosft import process
-from nanosft.cli import UserError, minutes, require_choice
+from nanosft.errors import UserError, require_choice
+
+Dtype = Literal["auto", "float32", "bfloat16"]  # of --dtype
+STARTED = time.monotonic()
+SIGNALED = 1 << 20  # more than there are ranks: their sum shows whether any rank got a signal
+CPU = torch.device("cpu")
+
+
+class Stop:
+    """A request to stop after the current step: SIGTERM, Ctrl-C, or the end of --max_minutes."""
+
+    def __init__(self):
+        self.signal, self.since, self.deadline = 0, 0.0, math.inf
+        self.agreed = 0  # of the last step
+
+    def listen(self, max_minutes: float | None) -> None:
+        """From now on, a signal is a request, and a second one ends the process at once."""
+        self.deadline = STARTED + 60 * (max_minutes or math.inf)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.handle)
+
+    def handle(self, number: int, frame) -> None:
+        if self.signal and time.monotonic() - self.since > 1:  # schedulers may send one twice
+            os._exit(128 + number)
+        if not self.signal:
+            self.signal, self.since = number, time.monotonic()
+            if os.environ.get("RANK", "0") == "0":  # print() must not be used in a handler
+                os.write(2, b"\nstopping after this step; a second signal stops at once\n")
+
+    def asked(self) -> int:
+        return SIGNALED if self.signal else int(time.monotonic() > self.deadline)
+
+    def agree(self, requests: int) -> bool:
+        """Shall all ranks stop? requests: the sum of asked() over them, the same on each."""
+        self.agreed = requests
+        return requests > 0
+
+    def exit_code(self) -> int:
+        """128 + signal, also on a rank that did not get the signal itself; 0 for --max_minutes."""
+        return 128 + (self.signal or signal.SIGTERM) if self.agreed >= SIGNALED else 0
+
+
+def gather_objects(mine) -> list:
+    """One object from each rank, in rank order."""
+    everyone = [mine] * (dist.get_world_size() if dist.is_initialized() else 1)
+    if len(everyone) > 1:
+        dist.all_gather_object(everyone, mine)
+    return everyone
 
 
 @dataclasses.dataclass
@@ -21,7 +72,7 @@ class Ranks:
     world_size: int
     device: torch.device
     dtype: str = "float32"  # of matrix products
-    stop: process.Stop = dataclasses.field(default_factory=process.Stop)
+    stop: Stop = dataclasses.field(default_factory=Stop)
 
     @property
     def is_main(self) -> bool:
@@ -35,8 +86,15 @@ class Ranks:
 
     def gather(self, mine: list) -> list:
         """Reassemble a list, on every rank, from each rank's items [rank::world_size]."""
-        turns = itertools.zip_longest(*process.gather(mine))
+        turns = itertools.zip_longest(*gather_objects(mine))
         return [item for turn in turns for item in turn if item is not None]
+
+    def pin(self, fields: dict) -> dict:
+        """Tensors in pinned memory, if the device is a GPU: a copy from there is only queued."""
+        if self.device.type != "cuda":
+            return fields
+        return {name: value.pin_memory() if isinstance(value, Tensor) else value
+                for name, value in fields.items()}
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """Matrix products in bfloat16, if that is the dtype; weights and sums stay float32."""
@@ -56,7 +114,7 @@ class Ranks:
 
 def setup_distributed(device: str = "auto", dist_timeout: float = 10, dtype: str = "auto",
                       ) -> Ranks:
-    """Read torchrun's environment; start NCCL on GPUs, Gloo on a CPU. One process needs neither."""
+    """Read torchrun's environment; start NCCL on GPUs, Gloo on a CPU. dist_timeout: in minutes."""
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if device == "auto":
         mps = torch.backends.mps.is_available() and world_size == 1
@@ -69,21 +127,38 @@ def setup_distributed(device: str = "auto", dist_timeout: float = 10, dtype: str
         reason = str(error).splitlines()[0]
         raise UserError(f"--device {device}: not available here ({reason}); use another device or "
                         "fewer processes on this machine") from error
-    if torch_device.type == "cuda":
+    is_cuda = torch_device.type == "cuda"
+    if is_cuda:
         torch.cuda.set_device(torch_device)
         torch.set_float32_matmul_precision("high")
     if world_size > 1 and not dist.is_initialized():
-        is_cuda = torch_device.type == "cuda"
         dist.init_process_group("nccl" if is_cuda else "gloo",
-                                timeout=minutes("dist_timeout", dist_timeout),
+                                timeout=datetime.timedelta(minutes=dist_timeout),
                                 device_id=torch_device if is_cuda else None)
     return Ranks(rank, world_size, torch_device, choose_dtype(dtype, torch_device))
 
 
 def choose_dtype(name: str, device: torch.device) -> str:
     """--dtype auto is bfloat16 on a GPU that supports it, and float32 elsewhere."""
-    require_choice("dtype", name, ("auto", "float32", "bfloat16"))
-    if name != "auto":
-        return name
+    require_choice("dtype", name, get_args(Dtype))
     has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return "bfloat16" if has_bfloat16 else "float32"
+    return name if name != "auto" else "bfloat16" if has_bfloat16 else "float32"
+
+
+def total_memory(device: torch.device) -> float:
+    """Bytes of the GPU, or this rank's share of the machine's memory."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    if not hasattr(os, "sysconf"):  # Windows
+        return math.inf
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return total / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def require_memory(need: float, what: str, device: torch.device = CPU) -> str:
+    """`3.1 of 24 GB`. UserError if `what` needs more bytes than there are."""
+    total = total_memory(device)
+    if need > total:
+        raise UserError(f"{what}: needs about {need / 1e9:.3g} GB, but a rank has "
+                        f"{total / 1e9:.3g} GB ({device.type}) here; lower it")
+    return f"{need / 1e9:.3g} of {total / 1e9:.3g} GB"

@@ -5,25 +5,19 @@ meta.json, which is written last: a folder without it is unfinished. See data/RE
 """
 
 import contextlib
-import glob
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 
-from nanosft.cli import UserError, explain_write_errors
+from nanosft.errors import UserError, explain_write_errors, write_json, written_atomically
 
-FORMAT_VERSION = 1
+VERSIONS = {"text": (1,), "sft": (1, 2)}  # of meta.json that are read; the last one is written
+AGAIN = "make the data again"
 SUMS = "SHA256SUMS"  # of the files beside it, as `sha256sum -c SHA256SUMS` reads them
-N_VOCAB = {"gpt2": 50261, "bytes": 261}  # of tokenizer.py's encodings; a test compares them
-META = {  # key of meta.json: what it may be; None where it is absent
-    "kind": ("text", "sft"), "encoding": (None, *N_VOCAB),
-    "template": (None, "chat", "alpaca", "raw"), "train_on": (None, "all_turns", "last_turn"),
-}
 MADE_BY = {"text": "fineweb.py", "sft": "sft_data.py"}
 NDIM = {"text": 1, "sft": 2}
 
@@ -82,12 +76,12 @@ class ShardWriter:
         self.pieces, self.buffered = [], 0
         if not ids.size:
             return
-        path = self.folder / f"{self.split}_{len(self.shards):06d}.npy"
+        path = self.folder / shard_name(self.split, len(self.shards))
         ids = np.ascontiguousarray(ids)
         with explain_write_errors(path), path.open("wb") as file:
             np.lib.format.write_array_header_1_0(
                 file, np.lib.format.header_data_from_array_1_0(ids))
-            file.write(ids)  # np.save() does not notice when its last bytes find the disk full
+            file.write(ids)  # np.save() misses an out-of-space error on its final flush
         shard = {"file": path.name, "tokens": ids.shape[-1], "sha256": sha256_of(path)}
         self.shards.append(shard)
 
@@ -98,17 +92,19 @@ class ShardWriter:
         return {**counts, "tokens": tokens, "shards": len(self.shards), "files": self.shards}
 
 
+def shard_name(split: str, i: int) -> str:
+    return f"{split}_{i:06d}.npy"
+
+
 def write_meta(folder: Path, meta: dict) -> None:
     """Write meta.json, last and atomically: it marks the folder as complete."""
-    tmp = folder / "meta.json.tmp"
-    with explain_write_errors(folder / "meta.json"):
-        tmp.write_text(json.dumps({"version": FORMAT_VERSION, **meta}, indent=1) + "\n")
-        # meta.json has the sums of the shards
+    path, version = folder / "meta.json", VERSIONS[meta["kind"]][-1]
+    with explain_write_errors(path), written_atomically(path) as tmp:
+        write_json(tmp, {"version": version, **meta})  # with the sums of the shards
         (folder / SUMS).write_text(f"{sha256_of(tmp)}  meta.json\n")
-        tmp.rename(folder / "meta.json")
 
 
-def check_empty(out: str, advice: str = "delete it or choose another folder") -> Path:
+def check_empty(out: str | Path, advice: str = "delete it or choose another folder") -> Path:
     """`out` as a path. UserError if it is not empty: a user's files are never overwritten."""
     folder = Path(out)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -117,17 +113,12 @@ def check_empty(out: str, advice: str = "delete it or choose another folder") ->
 
 
 @contextlib.contextmanager
-def new_folder(out: str) -> Iterator[Path]:
-    """A temporary folder that becomes `out` at the end; on any error nothing is left behind.
-
-    A kill leaves OUT.tmpPID behind, which the next run removes.
-    """
+def new_folder(out: str | Path) -> Iterator[Path]:
+    """OUT.tmp, which becomes `out` at the end; on any error but a kill nothing is left behind."""
     folder = check_empty(out)
-    for left_behind in folder.parent.glob(f"{glob.escape(folder.name)}.tmp*"):
-        pid = left_behind.name.removeprefix(f"{folder.name}.tmp")
-        if pid.isdecimal() and not is_running(int(pid)):
-            shutil.rmtree(left_behind)
-    tmp = folder.with_name(f"{folder.name}.tmp{os.getpid()}")
+    tmp = folder.with_name(f"{folder.name}.tmp")
+    if tmp.exists():
+        raise UserError(f"{tmp}: left by a command that was killed or still runs; delete it")
     tmp.mkdir(parents=True)
     try:
         yield tmp
@@ -137,41 +128,31 @@ def new_folder(out: str) -> Iterator[Path]:
         raise
 
 
-def is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)  # signal 0 only checks that it exists
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:  # another user's
-        pass
-    return True
-
-
 # ----- reading -----------------------------------------------------------------------------------
 
 
 def read_meta(data: str, kind: str) -> dict:
     """meta.json of a data folder. UserError: unfinished, or not of this kind (`text` or `sft`)."""
-    path = Path(data) / "meta.json"
+    path, made_by = Path(data) / "meta.json", MADE_BY[kind]
     if not path.is_file():
         state = "is unfinished (no meta.json)" if Path(data).is_dir() else "does not exist"
-        raise UserError(f"--data {data} {state}; make it with {MADE_BY[kind]}")
+        raise UserError(f"--data {data} {state}; make it with {made_by}")
     try:
-        meta = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: damaged, not JSON ({error}); make the data again") from error
-    if (version := meta.get("version") if isinstance(meta, dict) else None) != FORMAT_VERSION:
-        raise UserError(f"{path}: format version {version}, expected {FORMAT_VERSION}; "
-                        f"make the data again with {MADE_BY[kind]}")
-    choices = META | {"vocab_size": (N_VOCAB.get(str(meta.get("encoding"))),)}
-    wrong = [key for key in choices if meta.get(key) not in choices[key]]
-    wrong += [] if are_splits(meta.get("splits")) else ["splits"]
-    if wrong:
-        raise UserError(f"{path}: damaged ({wrong[0]} is {str(meta.get(wrong[0]))[:60]!r}); make "
-                        "the data again")
-    if meta["kind"] != kind:
-        raise UserError(f"--data {data} was made by {MADE_BY[meta['kind']]}; this command needs "
-                        f"data made by {MADE_BY[kind]}")
+        meta = dict(json.loads(path.read_bytes()))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{path}: damaged, not a JSON object ({error}); {AGAIN}") from error
+    found, n_vocab = meta.get("kind"), meta.get("vocab_size")
+    if found != kind and found in [*MADE_BY]:
+        raise UserError(f"--data {data} was made by {MADE_BY[found]}; this command needs data made "
+                        f"by {made_by}")
+    if meta.get("version") not in VERSIONS[kind]:
+        raise UserError(f"{path}: format version {meta.get('version')}, expected "
+                        f"{VERSIONS[kind][-1]}; {AGAIN} with {made_by}")
+    holds = {"kind": found == kind, "encoding": isinstance(meta.get("encoding"), str),
+             "vocab_size": type(n_vocab) is int and 0 < n_vocab <= 2**16,  # ids are uint16
+             "splits": are_splits(meta.get("splits"))}
+    for key in (key for key, good in holds.items() if not good):
+        raise UserError(f"{path}: damaged ({key} is {str(meta.get(key))[:60]!r}); {AGAIN}")
     verify(path)
     return meta
 
@@ -182,8 +163,9 @@ def are_splits(splits) -> bool:
         return bool(splits) and all(
             split["tokens"] == sum(shard["tokens"] for shard in split["files"]) > 0
             and all(type(shard["tokens"]) is int and isinstance(shard["sha256"], str)
-                    and Path(shard["file"]).name == shard["file"] for shard in split["files"])
-            for split in splits.values())
+                    and shard["file"] == shard_name(name, i)
+                    for i, shard in enumerate(split["files"]))
+            for name, split in splits.items())
     except (AttributeError, KeyError, TypeError):
         return False
 
@@ -209,14 +191,13 @@ class Shards:
         try:
             ids = np.lib.format.open_memmap(path, mode="r")  # nothing but an .npy file
         except Exception as error:  # a damaged header makes numpy raise many types
-            raise UserError(f"{path}: missing, truncated or not an .npy file ({error}); make the "
-                            "data again") from error
+            raise UserError(f"{path}: missing, truncated or not an .npy file ({error}); {AGAIN}"
+                            ) from error
         if ids.dtype != np.uint16 or ids.ndim != ndim:
             raise UserError(f"{path}: {ids.dtype} with {ids.ndim} axes, expected uint16 with "
-                            f"{ndim}; make the data again")
+                            f"{ndim}; {AGAIN}")
         if ids.shape[-1] != tokens:
-            raise UserError(f"{path}: {ids.shape[-1]} tokens, but meta.json says {tokens}; make "
-                            "the data again")
+            raise UserError(f"{path}: {ids.shape[-1]} tokens, but meta.json says {tokens}; {AGAIN}")
         return ids
 
     def __len__(self) -> int:
@@ -240,29 +221,16 @@ class Shards:
         path, expected = self.folder / self.files[shard]["file"], self.files[shard]["sha256"]
         if (found := sha256_of(path)) != expected:
             raise UserError(f"{path}: sha256 {found[:12]}…, but meta.json says {expected[:12]}…; "
-                            "make the data again")
+                            f"{AGAIN}")
         self.unverified.remove(shard)
 
 
 def find_examples(shards: Shards, eot: int) -> tuple[np.ndarray, np.ndarray]:
     """(start, length in tokens) of each example, (n,) each; every example ends with `eot`."""
     ends, part = [], 1 << 22  # tokens read at a time
-    for at in range(0, len(shards), part):
-        ids = shards[at : min(at + part, len(shards))][0]
-        ends.append(np.flatnonzero(ids == eot) + at + 1)
+    for start in range(0, len(shards), part):
+        ids = shards[start : min(start + part, len(shards))][0]
+        ends.append(np.flatnonzero(ids == eot) + start + 1)
     ends = np.concatenate(ends)
     starts = np.append(0, ends[:-1])
     return starts, (ends - starts).astype(np.int32)
-
-
-def loss_on_all(ids: np.ndarray, weights: np.ndarray, eot: int) -> np.ndarray:
-    """--loss_on all: the weights of an example, (n,) each, with 100 everywhere but in the answers
-    that a chat keeps as context (weight 0).
-
-    Only the chat template marks where an answer begins; elsewhere every id is trained.
-    """
-    system, user, assistant, _ = range(eot + 1, eot + 5)  # in the order of tokenizer.SPECIALS
-    is_role = np.isin(ids, (system, user, assistant))
-    turn = np.maximum.accumulate(np.where(is_role, np.arange(len(ids)), 0))  # where it began
-    is_answer = (ids[turn] == assistant) & ~is_role & (ids != eot)
-    return np.where(is_answer & (weights == 0), 0, 100)

@@ -1,4 +1,4 @@
-"""Rows in: files and hub datasets, what was found in them, an ordered worker pool."""
+"""Rows in: files and hub datasets, the validation split, work on rows in parallel."""
 
 import collections
 import concurrent.futures
@@ -9,18 +9,28 @@ import multiprocessing
 import os
 import re
 import signal
-from array import array
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from nanosft.cli import UserError
+from nanosft.cli import end_with
+from nanosft.errors import UserError
 from nanosft.forms import Counts, Reading, require_shallow, show, split_pair
-from nanosft.process import end_with
 
 # ----- reading rows ------------------------------------------------------------------------------
+
+
+class Place(NamedTuple):
+    """Where a row stands; as text for example `a.jsonl line 7`."""
+
+    source: str
+    unit: str
+    number: int
+
+    def __str__(self) -> str:
+        return f"{self.source} {self.unit} {self.number}"
 
 
 class Source(NamedTuple):
@@ -66,25 +76,25 @@ def check_overlap(sources: Iterable[str], val_sources: Iterable[str], subset: st
 
 
 def read_sources(sources: Iterable[str], reading: Reading, counts: Counts,
-                 ) -> Iterator[tuple[str, dict]]:
+                 ) -> Iterator[tuple[Place, dict]]:
     """(place, row) of each source in turn, if --where keeps the row; others are counted."""
     wanted, _ = [split_pair("--where", item) for item in reading.where], reading.mapping  # checked
     n_kept, first = 0, None
     for source in sources:
         for place, row in read_rows(source, reading.subset):
-            require_shallow(place, row)
-            found = [(column, value_text(row, column)) for column, _ in wanted]
-            first = first or (place, found, row)
-            if found == wanted or not isinstance(row, dict):
+            require_shallow(str(place), row)
+            values = [(column, value_text(row, column)) for column, _ in wanted]
+            first = first or (place, values, row)
+            if values == wanted or not isinstance(row, dict):
                 n_kept += 1
                 yield place, row
             else:
                 counts["where", "left out by --where"] += 1
     if first and not n_kept:
-        place, found, row = first
-        values = ", ".join(map("=".join, found))
+        place, values, row = first
         raise UserError(f"--where {' '.join(reading.where)} leaves none of the rows; {place} has "
-                        f"{show(values)} and the columns {show(sorted(row))}")
+                        f"{show(', '.join(map('='.join, values)))} and the columns "
+                        f"{show(sorted(row))}")
 
 
 def value_text(row: dict, column: str) -> str:
@@ -93,7 +103,7 @@ def value_text(row: dict, column: str) -> str:
     return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
-def read_rows(source: str, subset: str | None = None) -> Iterator[tuple[str, dict]]:
+def read_rows(source: str, subset: str | None = None) -> Iterator[tuple[Place, dict]]:
     """(place, row) of a .jsonl, .json or .parquet file, a folder of them, or a hub dataset."""
     readers = {".jsonl": read_jsonl, ".json": read_json, ".parquet": read_parquet}
     parsed = parse_source(source, subset)
@@ -120,17 +130,18 @@ def require_file(path: Path) -> Path:
     return path
 
 
-def read_jsonl(path: Path) -> Iterator[tuple[str, dict]]:
+def read_jsonl(path: Path) -> Iterator[tuple[Place, dict]]:
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
+                place = Place(str(path), "line", number)
                 try:
-                    yield f"{path} line {number}", json.loads(line)
+                    yield place, json.loads(line)
                 except (ValueError, RecursionError) as error:
-                    raise UserError(f"{path} line {number}: not JSON ({error})") from error
+                    raise UserError(f"{place}: not JSON ({error})") from error
 
 
-def read_json(path: Path) -> Iterator[tuple[str, dict]]:
+def read_json(path: Path) -> Iterator[tuple[Place, dict]]:
     try:
         rows = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
@@ -138,10 +149,10 @@ def read_json(path: Path) -> Iterator[tuple[str, dict]]:
                         "line") from error
     if not isinstance(rows, list):
         raise UserError(f"{path}: expected a top-level list of rows, not a {type(rows).__name__}")
-    yield from ((f"{path} row {i}", row) for i, row in enumerate(rows, start=1))
+    yield from ((Place(str(path), "row", i), row) for i, row in enumerate(rows, start=1))
 
 
-def read_parquet(path: Path) -> Iterator[tuple[str, dict]]:
+def read_parquet(path: Path) -> Iterator[tuple[Place, dict]]:
     import pyarrow.parquet
 
     try:
@@ -149,7 +160,7 @@ def read_parquet(path: Path) -> Iterator[tuple[str, dict]]:
     except pyarrow.ArrowInvalid as error:
         raise UserError(f"{path}: not a parquet file ({error})") from error
     rows = (row for batch in file.iter_batches(1000) for row in batch.to_pylist())
-    yield from ((f"{path} row {i}", row) for i, row in enumerate(rows, start=1))
+    yield from ((Place(str(path), "row", i), row) for i, row in enumerate(rows, start=1))
 
 
 # A newline between two visible characters: GPT-2's pattern always splits on both sides of it, so
@@ -174,7 +185,7 @@ def read_txt(path: Path, chunk_chars: int) -> Iterator[tuple[str, bool]]:
     yield text, True
 
 
-def read_hub(source: str, parsed: Source) -> Iterator[tuple[str, dict]]:
+def read_hub(source: str, parsed: Source) -> Iterator[tuple[Place, dict]]:
     """Rows of a hub dataset, or of a local folder, streamed: nothing is downloaded first."""
     import datasets
 
@@ -183,7 +194,7 @@ def read_hub(source: str, parsed: Source) -> Iterator[tuple[str, dict]]:
     place = source.partition("*")[0]
     try:
         rows = datasets.load_dataset(parsed.name, parsed.config, split=parsed.split, streaming=True)
-        yield from ((f"{place} row {i}", row) for i, row in enumerate(rows, start=1))
+        yield from ((Place(place, "row", i), row) for i, row in enumerate(rows, start=1))
     except Exception as error:  # the hub raises many types; each means that nothing can be read
         reason = " ".join(str(error).split())[:140]
         what = "neither a local file nor a dataset on the hub"
@@ -195,66 +206,11 @@ def read_hub(source: str, parsed: Source) -> Iterator[tuple[str, dict]]:
         raise UserError(f"{place}: {what} ({reason}); {advice}") from error
 
 
-# ----- what was found ----------------------------------------------------------------------------
-
-
-def reason_of(error: str) -> str:
-    """An error without its numbers, values and advice, to count rows by it.
-
-    >>> reason_of("message 3 has role 'bob'; the known roles are user")
-    'message N has role …'
-    """
-    what = re.sub(r"(['\"]).*?\1", "…", error).partition(";")[0]
-    return re.sub(r"\d+", "N", re.sub(r"[\[{'\"].*", "…", what))[:100]  # `show` may cut a value
-
-
-class Report:
-    """What sft_data.py found in its rows: counts, the first bad rows, and copies.
-
-    counts is {(kind, name): rows}; of each example it keeps two hashes, 16 bytes.
-    """
-
-    def __init__(self):
-        self.counts, self.bad = Counts(), []
-        self.hashes = {split: (array("q"), array("q")) for split in ("train", "val")}
-
-    def reject(self, errors: list[tuple[str, str]]) -> None:
-        """errors: (place, message)."""
-        self.bad += [f"{place}: {error}" for place, error in errors[: 3 - len(self.bad)]]
-        self.counts.update(("rejected", reason_of(error)) for _, error in errors)
-
-    def keep(self, split: str, source: str, example: np.ndarray) -> None:
-        """example: (2, n). Its prompt is what comes before the first trained token."""
-        self.counts["source", source] += 1
-        n_prompt = int(np.argmax(example[1] > 0)) or example.shape[1]  # a {text} row: all of it
-        for hashes, part in zip(self.hashes[split], (example, example[0, :n_prompt])):
-            hashes.append(hash(part.tobytes()))
-
-    def of(self, kind: str) -> dict[str, int]:
-        """{name: rows} of one kind, most first."""
-        return {name: n for (of, name), n in self.counts.most_common() if of == kind}
-
-    def check_splits(self, splits: dict[str, dict], config) -> None:
-        """UserError if a split is empty, with the reason. config: that of sft_data.py."""
-        n_bad = sum(self.of("rejected").values())
-        for name, split in splits.items():
-            if split["tokens"]:
-                continue
-            why = f"all {n_bad} rows were rejected; first: {self.bad[0]}" if n_bad else "no rows"
-            if name == "val" and not config.val_source:
-                why = f"--val_fraction {config.val_fraction} of {splits['train']['examples']} rows"
-            raise UserError(f"the {name} split is empty ({why}); change --source, --val_source or "
-                            "--val_fraction")
-
-    def copies(self) -> tuple[int, int]:
-        """(examples that repeat an earlier one; validation prompts that occur in training)."""
-        (train, prompts), (val, val_prompts) = self.hashes["train"], self.hashes["val"]
-        n_distinct = len(np.unique(np.concatenate([train, val])))
-        return len(train) + len(val) - n_distinct, int(np.isin(val_prompts, prompts).sum())
+# ----- the validation split ----------------------------------------------------------------------
 
 
 def mark_val(examples: Iterator, fraction: float, seed: int) -> Iterator[tuple]:
-    """(example, is_val): one random example of every 1/fraction goes to validation.
+    """(example, is_val): one random example out of every 1/fraction goes to validation.
 
     With fewer than 1/fraction examples in total, but at least two, one still goes there.
     """
@@ -274,7 +230,7 @@ def mark_val(examples: Iterator, fraction: float, seed: int) -> Iterator[tuple]:
 # ----- work in parallel, results in order --------------------------------------------------------
 
 
-def chunked(items: Iterable, size_of: Callable, limit: int) -> Iterator[list]:
+def chunked(items: Iterable, limit: int, size_of: Callable = lambda item: 1) -> Iterator[list]:
     """Lists of consecutive items whose sizes add up to `limit` or a little more."""
     chunk, size = [], 0
     for item in items:
@@ -285,6 +241,43 @@ def chunked(items: Iterable, size_of: Callable, limit: int) -> Iterator[list]:
             chunk, size = [], 0
     if chunk:
         yield chunk
+
+
+def map_splits(work: Callable, config, report, rows_per_chunk: int) -> Iterator[tuple]:
+    """(split, source, work(row, config, counts)) of the rows of --source and --val_source."""
+    check_overlap(config.source, config.val_source, config.subset)
+    fraction = 0 if config.val_source else config.val_fraction
+    for part, sources in (("train", config.source), ("val", config.val_source)):
+        results = map_rows(work, sources, config, report, rows_per_chunk)
+        results = itertools.islice(results, config.max_examples)
+        for (source, result), is_val in mark_val(results, fraction, config.seed):
+            yield "val" if is_val else part, source, result
+
+
+def map_rows(work: Callable, sources: Iterable[str], config, report, rows_per_chunk: int,
+             ) -> Iterator[tuple]:
+    """(source, work(row, config, counts)) of each row, in order, on --workers processes.
+
+    A row for which `work` raises UserError is counted in the report, or raises (--on_bad_row).
+    """
+    chunks = chunked(read_sources(sources, config, report.counts), rows_per_chunk)
+    for results, errors, counts in ordered_map(map_chunk, chunks, config.workers, work, config):
+        report.reject(errors)
+        if errors and config.on_bad_row == "error":
+            raise UserError(f"{report.bad[0]}  (use --on_bad_row skip to leave out such rows)")
+        report.counts.update(counts)
+        yield from results
+
+
+def map_chunk(chunk: list[tuple], work: Callable, config) -> tuple[list, list, Counts]:
+    """A chunk of (place, row) -> [(source, result)], [(place, error)], and counts."""
+    results, errors, counts = [], [], Counts()
+    for place, row in chunk:
+        try:
+            results.append((place.source, work(row, config, counts)))
+        except UserError as error:
+            errors.append((place, str(error)))
+    return results, errors, counts
 
 
 def ordered_map(work: Callable, chunks: Iterable, workers: int, *args) -> Iterator:
@@ -311,6 +304,6 @@ def ordered_map(work: Callable, chunks: Iterable, workers: int, *args) -> Iterat
 
 
 def start_worker(parent: int) -> None:
-    """A worker leaves Ctrl-C to its parent, and ends with it."""
+    """A worker ignores Ctrl-C and exits when its parent does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     end_with(parent)

@@ -1,23 +1,28 @@
 """Read and write Hugging Face's GPT-2 format: config.json and model.safetensors.
 
-This file works on folders, dicts and tensors; `GPT.from_pretrained` and `GPT.save_pretrained` in
-model.py call it. Parameter names are those of model.py's state dict.
+model.py calls this. Parameter names are those of its state dict.
 """
 
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from nanosft.cli import UserError
+from nanosft.errors import UserError, write_json
+from nanosft.ranks import require_memory
 from nanosft.shards import SUMS, verify
 
-PAD_VOCAB_TO = 64  # the number of embedding rows is a multiple of this, for faster matmuls
 HUB_GPT2 = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # hub ids without an owner
-SIZES = ("n_layer", "n_head", "n_embd")
+PREFIX = "transformer."
+# Hugging Face stores GPT-2's linear weights as (in, out), PyTorch's Linear as (out, in)
+TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+# of GPTConfig: their names in config.json
+SIZES = {"n_layer": "n_layer", "n_head": "n_head", "n_embd": "n_embd", "block_size": "n_positions",
+         "vocab_size": "vocab_size"}
 # Settings that model.py supports: the allowed values, GPT-2's own first
 REQUIRED = {
     "model_type": ("gpt2",),
@@ -31,24 +36,14 @@ REQUIRED = {
 
 
 def pad_vocab(n: int) -> int:
-    """50257 -> 50304: the next multiple of 64."""
-    return math.ceil(n / PAD_VOCAB_TO) * PAD_VOCAB_TO
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """Are all numbers finite? Their sum tells it several times faster, unless it overflows."""
-    return bool(tensor.sum().isfinite() or tensor.isfinite().all())
-
-
-def is_transposed(name: str) -> bool:
-    """Hugging Face stores GPT-2's linear weights as (in, out), PyTorch's Linear as (out, in)."""
-    return name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
+    """50257 -> 50304: the next multiple of 64, for faster matmuls."""
+    return math.ceil(n / 64) * 64
 
 
 # ----- in ----------------------------------------------------------------------------------------
 
 
-def find_model(name: str) -> Path:
+def find_model(name: str | Path) -> Path:
     """The folder with config.json, from a model folder, run folder, GPT-2 name or hub id."""
     folder = Path(name).expanduser()
     if (folder / "config.json").is_file():
@@ -80,36 +75,42 @@ def newest_checkpoint(run: str | Path) -> Path | None:
 
 def read_config(folder: Path) -> dict:
     """config.json of a model folder."""
+    path = verify(folder / "config.json")
     try:
-        settings = dict(json.loads((folder / "config.json").read_bytes()))
+        return dict(json.loads(path.read_bytes()))
     except (ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"{folder}/config.json: not a JSON object ({error})") from error
-    verify(folder / "config.json")
-    return settings
+        raise UserError(f"{path}: not a JSON object ({error})") from error
 
 
-def read_sizes(folder: Path) -> dict[str, int]:
-    """The keyword arguments of model.GPTConfig. UserError: a model that GPT does not support."""
-    settings = read_config(folder)
-    C = settings.get("n_embd")
-    required = REQUIRED | {"n_inner": (None, 4 * C if type(C) is int else None)}
-    for key, allowed in required.items():
-        if key in settings and settings[key] not in allowed:
-            raise UserError(f"{folder}/config.json: {key} is {settings[key]!r}, but nanosft only "
-                            f"supports GPT-2's {allowed[0]!r}")
-    try:
-        sizes = {key: settings[key] for key in SIZES}
-        n_vocab, block_size = settings["vocab_size"], settings["n_positions"]
-    except KeyError as error:
-        raise UserError(f"{folder}/config.json: no {error}; is this a GPT-2?") from error
-    sizes |= {"block_size": block_size, "vocab_size": n_vocab,
-              "n_vocab": settings.get("n_vocab", n_vocab)}  # of checkpoints that held padding rows
+def open_model(name: str | Path) -> tuple[Path, dict[str, int]]:
+    """(folder, keyword arguments of model.GPTConfig). UserError: a model that GPT does not support,
+    or that does not fit in memory."""
+    folder = find_model(name)
+    settings, path = read_config(folder), folder / "config.json"
+    sizes = {ours: settings.get(theirs) for ours, theirs in SIZES.items()}
+    sizes["n_vocab"] = settings.get("n_vocab", sizes["vocab_size"])  # if the file has padding rows
+    C = sizes["n_embd"]
+    n_inner = (None, 4 * C if type(C) is int else None)
+    for key, allowed in [*REQUIRED.items(), ("n_inner", n_inner)]:
+        if settings.get(key, allowed[0]) not in allowed:
+            raise UserError(f"{path}: {key} is {settings[key]!r}, but nanosft only supports "
+                            f"GPT-2's {allowed[0]!r}")
     for key, value in sizes.items():
         if type(value) is not int or not 1 <= value <= 2**31:
-            raise UserError(f"{folder}/config.json: {key} is {value!r}, not a size")
-    if sizes["n_vocab"] > n_vocab:
-        raise UserError(f"{folder}/config.json: n_vocab {sizes['n_vocab']} is above its vocab_size")
-    return sizes | {"vocab_size": pad_vocab(n_vocab)}
+            raise UserError(f"{path}: {key} is {value!r}, not a size; is this a GPT-2?")
+    if sizes["n_vocab"] > sizes["vocab_size"]:
+        raise UserError(f"{path}: n_vocab {sizes['n_vocab']} is above its vocab_size")
+    sizes["vocab_size"] = pad_vocab(sizes["vocab_size"])
+    check_model_size(SimpleNamespace(**sizes))
+    return folder, sizes
+
+
+def check_model_size(sizes) -> float:
+    """The number of parameters of a GPTConfig. UserError if they do not fit in float32."""
+    V, T, L, C = sizes.vocab_size, sizes.block_size, sizes.n_layer, sizes.n_embd
+    n_params = (V + T) * C + L * (12 * C + 13) * C + 2 * C
+    require_memory(4 * n_params, f"a model with --n_layer {L}, --n_embd {C}, --block_size {T}")
+    return n_params
 
 
 def read_tensors(folder: Path, like: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -129,14 +130,14 @@ def read_tensors(folder: Path, like: dict[str, Tensor]) -> dict[str, Tensor]:
     if not found:
         raise UserError(f"{folder}: no *.safetensors file; save the model as safetensors")
     # transformers writes the prefix; GPT-2 itself on the hub and nanosft do not
-    found = {name.removeprefix("transformer."): tensor.float() for name, tensor in found.items()}
+    found = {name.removeprefix(PREFIX): tensor.float() for name, tensor in found.items()}
     state = {}
     for name, want in like.items():
-        key = name.removeprefix("transformer.").replace("lm_head", "wte")
+        key = name.removeprefix(PREFIX).replace("lm_head", "wte")
         if key not in found:
             raise UserError(f"{folder}: the weights have no {key}; is this a GPT-2?")
-        tensor = found[key].T.contiguous() if is_transposed(name) else found[key]
-        if not is_finite(tensor):
+        tensor = found[key].T.contiguous() if name.endswith(TRANSPOSED) else found[key]
+        if not tensor.isfinite().all():
             raise UserError(f"{folder}: {key} holds a number that is not finite")
         if key == "wte.weight" and tensor.shape[1:] == want.shape[1:] and len(tensor) < len(want):
             mean = tensor.mean(0, keepdim=True)
@@ -154,30 +155,28 @@ def read_tensors(folder: Path, like: dict[str, Tensor]) -> dict[str, Tensor]:
 def write_model(folder: str | Path, state: dict[str, Tensor], sizes: dict, **settings) -> None:
     """Write model.safetensors and config.json.
 
-    state: model.py's state dict; sizes: its GPTConfig as a dict; settings: extra keys of
-    config.json.
+    sizes: a GPTConfig as a dict; settings: extra keys of config.json.
     """
-    folder = Path(folder)
+    folder, n_vocab = Path(folder), sizes["n_vocab"]  # the files have no rows for padding ids
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name.removeprefix("transformer."): tensor.T if is_transposed(name) else tensor
+    tensors = {name.removeprefix(PREFIX): tensor.T if name.endswith(TRANSPOSED) else tensor
                for name, tensor in state.items()}
     del tensors["lm_head.weight"]  # tied to wte
-    tensors["wte.weight"] = tensors["wte.weight"][: sizes["n_vocab"]]
+    tensors["wte.weight"] = tensors["wte.weight"][:n_vocab]
     tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    settings = {
+    write_json(folder / "config.json", {
         "model_type": "gpt2",
         "architectures": ["GPT2LMHeadModel"],
         "activation_function": "gelu_new",
         "layer_norm_epsilon": 1e-5,
         "tie_word_embeddings": True,
-        "vocab_size": sizes["n_vocab"],  # the file has no rows for padding ids
+        "vocab_size": n_vocab,
         "n_positions": sizes["block_size"],
         "n_ctx": sizes["block_size"],  # the name that llama.cpp and MLX read
         "torch_dtype": str(tensors["wte.weight"].dtype).removeprefix("torch."),
-        **{key: sizes[key] for key in SIZES},
+        **{key: sizes[key] for key in ("n_layer", "n_head", "n_embd")},
         **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
         **dict.fromkeys(("bos_token_id", "eos_token_id")),
         **settings,
-    }
-    (folder / "config.json").write_text(json.dumps(settings, indent=1) + "\n")
+    })

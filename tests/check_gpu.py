@@ -17,8 +17,10 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Annotated
 
 import torch
+from annotated_types import Ge
 
 import fineweb
 import sft_data
@@ -26,12 +28,13 @@ import train_gpt2
 import train_sft
 from model import GPT
 from nanosft import fast
-from nanosft.cli import UserError, run_cli
+from nanosft.cli import run_cli
+from nanosft.errors import UserError
 from tokenizer import get_encoding, render_prompt
 
 SCRIPTS = {"pretraining": train_gpt2, "SFT": train_sft}
-# Largest relative difference allowed in a step's loss. bfloat16 rounds by up to 0.4 %, TF32 by
-# 0.05 %; bfloat16 on a CPU gave 4e-5. No GPU has tried these bounds yet.
+# Largest relative difference allowed in a step's loss. bfloat16 rounds by up to 0.4%, TF32 by
+# 0.05%; bfloat16 on a CPU gave 4e-5. No GPU has tried these bounds yet.
 LOOSE, TIGHT = 1e-2, 1e-3
 
 
@@ -40,11 +43,17 @@ class Config:
     """Compare a GPU with the CPU."""
 
     device: str = "cuda"
-    steps: int = 20
-    n_layer: int = 4
-    n_head: int = 4
-    n_embd: int = 256
-    block_size: int = 512
+    """compared with the CPU: cuda, mps, or cpu for a rehearsal"""
+    steps: Annotated[int, Ge(2)] = 20
+    """optimizer steps of each run"""
+    n_layer: Annotated[int, Ge(1)] = 4
+    """blocks"""
+    n_head: Annotated[int, Ge(1)] = 4
+    """attention heads per block"""
+    n_embd: Annotated[int, Ge(1)] = 256
+    """C, width of the residual stream"""
+    block_size: Annotated[int, Ge(1)] = 512
+    """T, tokens per row"""
     compile: bool = True
     """also compare the compiled model"""
 
@@ -115,7 +124,7 @@ def compare_losses(kind: str, data: str, folder: Path, config: Config) -> Iterat
 def compare_model(model: GPT, data: str, device: torch.device) -> Iterator[tuple]:
     """A trained model moves to the device: packed examples in bfloat16, answers in float32."""
     rows = sft_data.SFTDataset(data, "val", model.config.block_size)
-    row = max(rows, key=lambda row: int(row["segments"].max()))  # the one with most examples
+    row = max(rows, key=lambda row: int(row["segments"].max()))  # the one with the most examples
     x, segments = row["input_ids"][None], row["segments"][None]
     alone = [model.hidden(x[segments == i][None]) for i in range(int(segments.max()) + 1)]
     encoding = get_encoding("bytes")

@@ -2,10 +2,10 @@
 
     python -m tests.check_playground out/lesson/playground.html --lesson out/lesson
 
-A headless browser asks the page each question, at the base, a checkpoint in the middle and the last
-one. Its greedy answers must be those of GPT.generate on the page's own half-precision weights in
-float32, and its logits within 2e-3. The weights must be the checkpoints', rounded; where that
-changes an answer is counted apart. One line of results; exit code 1 if the page disagrees.
+A headless browser asks the page each question, at the base model, a checkpoint in the middle, and
+the last one. Its greedy answers must be those of GPT.generate on the page's own half-precision
+weights in float32, and its logits within 2e-3. The weights must be the checkpoints', rounded; where
+that changes an answer is counted apart. One line of results; exit code 1 if the page disagrees.
 """
 
 import base64
@@ -25,7 +25,8 @@ import torch
 import tyro
 
 from model import GPT, GPTConfig
-from nanosft.cli import UserError, run_cli
+from nanosft.cli import run_cli
+from nanosft.errors import UserError
 from nanosft.sources import read_jsonl, require_file
 from tokenizer import get_encoding, render_prompt
 
@@ -71,7 +72,7 @@ class Config:
 
     page: Annotated[str, tyro.conf.Positional]
     lesson: str
-    """the lesson that the page was made from: base/, sft/ and text/questions.jsonl"""
+    """the lesson that the page was made from: base/, sft/, and text/questions.jsonl"""
 
 
 class Case(NamedTuple):
@@ -123,7 +124,7 @@ def dump_dom(page: Path, *flags: str) -> str:
 
 
 def ask_page(page: Path, cases: list[Case], stops: list[int]) -> list[list[Answer]]:
-    """For each case the answer of the base, then of the right column at each stop of the slider."""
+    """For each case the base model's answer, then the right column's at each stop of the slider."""
     cases_json = json.dumps(cases).replace("<", "\\u003c")
     constants = f"<script>const CASES = {cases_json}, STOPS = {stops};</script>"
     with tempfile.TemporaryDirectory() as folder:
@@ -208,7 +209,7 @@ def check(page: Path, base: str, run: str, questions: list[str]) -> Result:
     cases = list(dict.fromkeys([*(Case(question, "chat") for question in questions), *suggested]))
     cases = [case for case in cases if len(prompt_of(data, case)) < data["config"]["block_size"]]
     prompts, last = [prompt_of(data, case) for case in cases], len(data["checkpoints"]) - 1
-    stops = [0, *sorted({(last + 1) // 2, last})]  # the base, one in the middle, the last one
+    stops = [0, *sorted({(last + 1) // 2, last})]  # the base model, one in the middle, the last one
     columns = zip(*ask_page(page, cases, stops[1:]))
     folders = [base, *(f"{run}/step_{data['checkpoints'][stop]['step']:06d}" for stop in stops[1:])]
     parts = [compare(data, stop, folder, prompts, list(column))

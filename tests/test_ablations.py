@@ -30,7 +30,7 @@ PAIRS = [(f"What is {i}+{i}?", f"{i}+{i}={2 * i}." + " Yes." * (i % 5)) for i in
 
 @pytest.fixture(scope="module")
 def lesson(tmp_path_factory):
-    """A finished lesson as runs/lesson.sh leaves it, but tiny: base, shards and questions."""
+    """A finished lesson as runs/lesson.sh leaves it, but tiny: base, shards, and questions."""
     folder = tmp_path_factory.mktemp("root") / "lesson_1"
     save_tiny_model(folder / "base", template=None, block_size=64)
     sft_folder(folder / "sft_shards", train=[chat_example(*pair) for pair in PAIRS])
@@ -69,7 +69,7 @@ def changes(lesson, rows: type[SFTDataset]) -> list[tuple[list, list]]:
 
 
 def answers_of(lesson) -> list[list[int]]:
-    """The trained ids of each example."""
+    """The supervised ids of each example."""
     return [row["labels"][row["labels"] >= 0].tolist() for row in rows_of(lesson, SFTDataset)]
 
 
@@ -81,7 +81,7 @@ def test_late_mask_ignores_the_first_token_of_each_answer_and_no_other(lesson):
     assert changes(lesson, ablations.MaskTooShort) == expected
 
 
-def test_early_mask_trains_the_last_token_of_each_prompt_as_well(lesson):
+def test_early_mask_supervises_the_last_token_of_each_prompt_as_well(lesson):
     assert changes(lesson, ablations.MaskTooLong) == [([-100], [ASSISTANT])] * len(PAIRS)
 
 
@@ -152,17 +152,17 @@ def test_running_positions_change_the_second_example_of_a_row_but_not_what_it_at
     model = tiny_model(block_size=16)
     ids = torch.arange(100, 113)[None]
     x, y = ids[:, :-1], ids[:, 1:].clone()
-    y[:, :6] = -100  # only the second example is trained
+    y[:, :6] = -100  # only the second example is in the loss
     weights, segments = (y >= 0).float(), (torch.arange(12) >= 6).long()[None]
-    right, _ = train_sft.forward_sft(model, x, y, weights, segments)
-    wrong, weight = ablations.forward_running_positions(model, x, y, weights, segments)
-    assert weight == 6 and abs(right - wrong) > 0.1
+    right = train_sft.forward_sft(model, x, y, weights, segments)
+    wrong = ablations.forward_running_positions(model, x, y, weights, segments)
+    assert abs(right - wrong) > 0.1
     other = x.clone()
     other[:, :6] += 50  # another first example
-    assert ablations.forward_running_positions(model, other, y, weights, segments)[0] == wrong
+    assert ablations.forward_running_positions(model, other, y, weights, segments) == wrong
     one, nothing = torch.zeros_like(segments), torch.ones_like(weights)
-    assert torch.equal(ablations.forward_running_positions(model, x, x, nothing, one)[0],
-                       train_sft.forward_sft(model, x, x, nothing, one)[0])
+    assert torch.equal(ablations.forward_running_positions(model, x, x, nothing, one),
+                       train_sft.forward_sft(model, x, x, nothing, one))
 
 
 def test_ranks_that_shuffle_differently_repeat_and_miss_examples(lesson):

@@ -11,13 +11,15 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Annotated
 
 import pytest
 import torch.distributed as dist
+from annotated_types import Ge, Gt, Le, Lt
 from helpers_training import TINY, flip_a_bit, text_folder
 
-from nanosft.cli import UserError, exit_with, one_line, require_at_least, require_choice, run_cli
+from nanosft.cli import check_bounds, exit_with, run_cli
+from nanosft.errors import UserError, one_line, require_choice
 
 ROOT = Path(__file__).parent.parent
 
@@ -97,30 +99,67 @@ def test_message_is_short_and_holds_no_control_character(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["command.py", "--source", path])
     value = "\x1b[2J\nerror: \u202eabc\udc80é" * 100_000
     with pytest.raises(SystemExit):
-        exit_with(f"{path} line 3: `{value}` is no role; use --on_bad_row skip")
+        exit_with(f"{path} line 3: `{value}` is not a role; use --on_bad_row skip")
     line = capsys.readouterr().err
     assert line.startswith(f"error: {path} line 3: `\\x1b[2J\\nerror: \\u202eabc\\udc80é")
-    assert line.endswith("is no role; use --on_bad_row skip\n")
+    assert line.endswith("is not a role; use --on_bad_row skip\n")
     assert len(line) <= 300 + len(path) + len("error: --source\n") and line[:-1].isprintable()
     assert one_line("x" * 300) == "x" * 300 and len(one_line("x" * 301)) == 300
 
 
-def test_numbers_that_are_not_finite_are_out_of_every_range():
-    for value in (float("nan"), float("inf"), 10**30):
-        with pytest.raises(UserError, match=r"^--grad_clip .* must be at least 0"):
-            require_at_least(SimpleNamespace(grad_clip=value), 0, "grad_clip")
-    with pytest.raises(UserError, match=r"^--seeds 3 must be at least 0 and at most 2$"):
-        require_at_least(SimpleNamespace(seeds=(1, 3)), 0, "seeds", most=2)
+@dataclasses.dataclass
+class Bounded:
+    rows: Annotated[int, Ge(1)] = 1
+    max_steps: Annotated[int | None, Ge(1)] = None
+    seeds: Annotated[tuple[int, ...], Ge(0), Le(2)] = (1, 2)
+    grad_clip: Annotated[float, Ge(0)] = 0.5
+    minutes: Annotated[float, Gt(0), Lt(5_000_000)] = 1
+    free: int = -1
 
 
-def test_flags_out_of_range_are_named_with_their_limit():
-    config = SimpleNamespace(rows=1, keep=0, max_steps=None)
-    require_at_least(config, 1, "rows", "max_steps")  # None: not given
-    with pytest.raises(UserError, match=r"^--keep 0 must be at least 1$"):
-        require_at_least(config, 1, "rows", "keep")
+@dataclasses.dataclass
+class Overridden(Bounded):
+    rows: int = 4  # another default; the bound stays
+
+
+@pytest.mark.parametrize("changes, line", [
+    ({"rows": 0}, "--rows 0 must be at least 1"),
+    ({"max_steps": -1}, "--max_steps -1 must be at least 1"),
+    ({"seeds": (1, 3)}, "--seeds 3 must be at least 0 and at most 2"),
+    *(({"grad_clip": float(value)},
+       f"--grad_clip {value} must be at least 0 and at most 4,611,686,018,427,387,904")
+      for value in ("nan", "inf", "1e+30")),
+    ({"minutes": 0}, "--minutes 0 must be more than 0 and less than 5,000,000"),
+    ({"minutes": 5_000_000}, "--minutes 5000000 must be more than 0 and less than 5,000,000"),
+    ({"free": 2**62 + 1}, f"--free {2**62 + 1} must be at most 4,611,686,018,427,387,904"),
+])
+def test_number_out_of_its_bounds_is_named_with_them(changes, line):
+    for config_class in (Bounded, Overridden):
+        check_bounds(config_class())
+        with pytest.raises(UserError) as error:
+            check_bounds(config_class(**changes))
+        assert str(error.value) == line
+
+
+def test_unknown_choice_is_refused_with_the_choices():
     require_choice("layout", "fit", ("fit", "pad"))
     with pytest.raises(UserError, match=r"^--layout: unknown layout 'fat'; choose from \['fit'"):
         require_choice("layout", "fat", ("fit", "pad"))
+
+
+def test_command_line_module_loads_no_torch():
+    """So fineweb.py starts at once, and so do `import tokenizer` and `import packing`."""
+    code = "import sys, nanosft.cli, nanosft.shards; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_comment_behind_a_flag_is_not_in_its_help(command):
+    """`# SFT: …` in train_sft.py tells readers of the code what differs."""
+    import train_sft
+
+    result = command(train_sft, "--help")
+    assert result.code == 0 and "SFT:" not in result.out
+    assert "peak, reached at the end of the warm-up" in result.out.replace("│", "")
 
 
 # ----- several ranks -----------------------------------------------------------------------------

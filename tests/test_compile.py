@@ -65,17 +65,28 @@ def test_every_training_step_is_compiled_whatever_is_evaluated_and_sampled_in_be
     assert compiled_steps[1:] == [(GRAPHS[layout], 4)] * 4  # 2 micro-batches, 2 blocks in each
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_twelve_blocks_share_one_graph(dtype, data, tmp_path, compiled_steps):
+    """More than dynamo's limit of 8 graphs for one function, after which it would run eagerly."""
+    fine_tune(data / "sft", tmp_path / "out", dtype=dtype, **(FLAGS | {"n_layer": 12}))
+    assert compiled_steps[1:] == [(1, 24)] * 4
+
+
 def test_varlen_kernel_is_compiled_for_any_number_of_examples_in_a_row(
         data, tmp_path, compiled_steps, varlen_on_cpu, monkeypatch):
     """As on a GPU: in bfloat16, with the kernel inside the graph."""
 
-    def varlen(segments, device, head_size):
-        assert torch.is_autocast_enabled("cpu") and head_size == 8
-        is_first = torch.ones_like(segments, dtype=torch.bool)
-        is_first[:, 1:] = segments[:, 1:] != segments[:, :-1]
-        return fast.Varlen(is_first, device)
+    isolated = fast.isolated
 
-    monkeypatch.setattr(fast, "attention_within", varlen)
+    def varlen(segments, device, head_size, is_half, is_compiled):
+        if not is_half:  # the trial of speed_up
+            return None
+        assert head_size == 8 and is_compiled
+        return isolated(segments, torch.device("cuda"), head_size, is_half)
+
+    monkeypatch.setattr(fast, "has_varlen", lambda *args: True)
+    monkeypatch.setattr(fast, "send", lambda tensor, device: tensor.to("cpu"))
+    monkeypatch.setattr(fast, "isolated", varlen)
     fine_tune(data / "sft", tmp_path / "out", dtype="bfloat16", **FLAGS)
     assert compiled_steps[2:] == [(compiled_steps[-1][0], 4)] * 3  # one graph in each block
 

@@ -9,6 +9,7 @@ import pytest
 from helpers_training import (
     fine_tune,
     flip_a_bit,
+    pretrain,
     random_examples,
     save_tiny_model,
     sft_folder,
@@ -16,12 +17,11 @@ from helpers_training import (
     weights_of,
 )
 
-from nanosft.assistant import load_assistant
-from nanosft.cli import UserError
-from nanosft.shards import N_VOCAB, Shards, read_meta
+from answer import load_assistant
+from nanosft.errors import UserError
+from nanosft.shards import Shards, read_meta, write_sums
 from nanosft.weights import find_model
 from tests.torture_damage import torture
-from tokenizer import ENCODINGS, get_encoding
 from train_gpt2 import load_checkpoint
 
 
@@ -111,10 +111,11 @@ def shard(**changes) -> dict:
 @pytest.mark.parametrize("changes, key", [
     ({"kind": "pictures"}, "kind"),
     ({"kind": ["text"]}, "kind"),
-    ({"encoding": "gpt2"}, "vocab_size is '261'"),
-    ({"vocab_size": 260}, "vocab_size is '260'"),
-    ({"encoding": "llama"}, "encoding is 'llama'"),
-    ({"template": "vicuna"}, "template is 'vicuna'"),
+    ({"encoding": ["gpt2"]}, "encoding"),
+    ({"vocab_size": "261"}, "vocab_size is '261'"),
+    ({"vocab_size": True}, "vocab_size is 'True'"),
+    ({"vocab_size": 0}, "vocab_size is '0'"),
+    ({"vocab_size": 2**16 + 1}, "vocab_size is '65537'"),
     ({"splits": {}}, "splits"),
     ({"splits": []}, "splits"),
     ({"splits": {"train": None}}, "splits"),
@@ -122,6 +123,7 @@ def shard(**changes) -> dict:
     (shard(tokens="9"), "splits"),
     (shard(tokens=True), "splits"),
     (shard(file="../train_000000.npy"), "splits"),
+    (shard(file="train_000001.npy"), "splits"),
     (shard(file=7), "splits"),
     (shard(sha256=None), "splits"),
 ])
@@ -141,9 +143,29 @@ def test_meta_json_changed_within_its_ranges_is_refused_by_its_sum(tmp_path):
         read_meta(folder, "text")
 
 
-def test_vocabularies_that_the_plumbing_knows_are_the_tokenizers():
-    assert set(ENCODINGS) == set(N_VOCAB)
-    assert N_VOCAB["bytes"] == get_encoding("bytes").n_vocab
+@pytest.mark.parametrize("changes, message", [
+    ({"vocab_size": 260}, r"damaged \(vocab_size is 260, but bytes has 261 ids\); make the data"),
+    ({"vocab_size": 50261}, r"damaged \(vocab_size is 50261, but bytes has 261 ids\)"),
+    ({"encoding": "llama"}, "unknown encoding 'llama'"),
+])
+def test_vocabulary_that_is_not_the_encodings_stops_a_run(changes, message, tmp_path):
+    folder = text_folder(tmp_path / "data", train=range(99))
+    (tmp_path / "data/SHA256SUMS").unlink()
+    edit(tmp_path / "data/meta.json", **changes)
+    with pytest.raises(UserError, match=message):
+        pretrain(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_two_listed_shards_swapped_under_matching_sums_are_noticed(tmp_path):
+    """In meta.json and in its sum: each file is intact, but the text would change its order."""
+    folder = text_folder(tmp_path / "data", shard_tokens=5, train=range(10))
+    meta = json.loads((tmp_path / "data/meta.json").read_text())
+    meta["splits"]["train"]["files"].reverse()
+    edit(tmp_path / "data/meta.json", **meta)
+    write_sums(tmp_path / "data", [tmp_path / "data/meta.json"])
+    with pytest.raises(UserError, match=r"damaged \(splits"):
+        read_meta(folder, "text")
 
 
 @pytest.mark.parametrize("at", range(0, 128, 2))

@@ -1,12 +1,14 @@
-"""Answers scored (evaluate.py) and given (chat.py), with the prompts that training used."""
+"""Answers scored (answer.py, evaluate.py) and given (chat.py), with training's own prompts."""
 
 import builtins
+import inspect
 import json
 import shutil
 
 import pytest
 import torch
 from helpers_training import (
+    ALONE,
     chat_example,
     evaluate_both,
     fine_tune,
@@ -20,10 +22,20 @@ from helpers_training import (
 
 import chat
 import evaluate
+import generate
+from answer import (
+    Answer,
+    Assistant,
+    answer_samples,
+    extract,
+    extraction_for,
+    load_assistant,
+    score,
+)
 from model import GPT
-from nanosft.assistant import Answer, extract, extraction_for, score
-from nanosft.cli import UserError
-from tokenizer import get_encoding, render, render_prompt
+from nanosft import fast
+from nanosft.errors import UserError
+from tokenizer import TEMPLATES, get_encoding, render, render_prompt
 
 BYTES = get_encoding("bytes")
 
@@ -72,6 +84,62 @@ def test_auto_chooses_the_extraction_that_fits_the_reference(reference, how):
 def test_score_by_hand(text, stopped, right, formed):
     scores = score(Answer(text, 9, stopped), "#### 1000", "gsm8k")
     assert scores == {"right": right, "formed": formed, "stopped": stopped}
+
+
+# ----- a checkpoint that answers -----------------------------------------------------------------
+
+
+def test_loaded_model_is_sped_up_once_after_it_is_on_its_device(tmp_path, monkeypatch):
+    folder = save_tiny_model(tmp_path / "model", vocab_size=320, n_vocab=320)  # padding in use
+    seen = []
+
+    def spy(model):
+        seen.append((type(model), model.config.n_vocab, model.training))
+        return model
+
+    monkeypatch.setattr(fast, "speed_up", spy)
+    assert load_assistant(str(folder)).template == "chat"
+    assert seen == [(GPT, 261, False)]  # the encoding can decode no others
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list[dict]:
+    """The arguments of generate.stream at each call, and the dtype of matrix products there."""
+    seen, stream = [], generate.stream
+
+    def spy(*args, **kwargs):
+        bound = inspect.signature(stream).bind(*args, **kwargs)
+        bound.apply_defaults()
+        is_bfloat16 = torch.is_autocast_enabled("cpu")
+        seen.append(bound.arguments | {"dtype": "bfloat16" if is_bfloat16 else "float32"})
+        return stream(*args, **kwargs)
+
+    monkeypatch.setattr(generate, "stream", spy)
+    return seen
+
+
+def test_each_batch_of_prompts_has_its_own_seed_and_the_shortest_come_first(calls):
+    model = tiny_model(block_size=16)
+    prompts = [[1, 2, 3], [4], [5, 6]]
+    answers = Assistant(model, BYTES, "chat").answer(prompts, 4, 2, temperature=0.5, seed=7)
+    assert [(call["prompts"], call["seed"]) for call in calls] == [
+        ([[4], [5, 6]], 7), ([[1, 2, 3]], 9)]
+    for call in calls:
+        assert (call["max_new_tokens"], call["temperature"]) == (4, 0.5)
+        assert call["stop_ids"] == [260, 256]
+    (alone,) = model.generate([[1, 2, 3]], 4, 0.5, stop_ids=[260, 256], seed=9)
+    assert answers[0].n_tokens == len(alone)
+
+
+def test_sample_prompts_leave_room_for_the_longest_reference_and_16_more_tokens(calls):
+    model = tiny_model(block_size=32)
+    pairs = [(list(range(30)), [65] * 4), ([1, 2], [66])]
+    found = answer_samples(Assistant(model, BYTES, "raw"), pairs, ALONE)
+    (call,) = calls
+    assert call["prompts"] == [[1, 2], [*range(18, 30)]]  # 32 positions less 16 + 4
+    assert (call["max_new_tokens"], call["temperature"]) == (20, 0)
+    assert [row["reference"] for row in found["val_answers"]] == ["AAAA", "B"]
+    assert answer_samples(Assistant(model, BYTES, "raw"), [], ALONE) == {}
 
 
 # ----- evaluate.py -------------------------------------------------------------------------------
@@ -141,6 +209,65 @@ def test_loss_is_that_of_the_references_given_their_prompts(learned):
     assert len(nll) == 3 + 11
 
 
+@pytest.mark.parametrize("template, end", [("chat", 260), ("alpaca", 256), ("raw", 256)])
+def test_reference_ends_with_the_token_that_ends_an_answer(template, end, jsonl):
+    config = evaluate.Config("", jsonl("rows.jsonl", ROWS))
+    questions = evaluate.read_questions(config, Assistant(tiny_model(), BYTES, template))
+    assert [question["answer"] for question in questions] == [
+        [*text.encode(), end] for text in QUESTIONS.values()]
+    assert [question["prompt"] for question in questions] == [
+        render_prompt(BYTES, [{"role": "user", "content": text}], template) for text in QUESTIONS]
+
+
+def test_pair_that_is_too_long_loses_the_start_of_its_prompt_then_the_end_of_its_reference():
+    """8 positions hold 9 ids, because the last one is only a target."""
+    questions = [{"prompt": [*range(1, 8)], "answer": [11, 12, 13, 14]},  # 7 + 4
+                 {"prompt": [1, 2], "answer": [*range(11, 21)]},  # 2 + 10
+                 {"prompt": [1, 2], "answer": [11]}]
+    assistant = Assistant(tiny_model(block_size=8), BYTES, "chat")
+    config = evaluate.Config("", "", batch_size=2)
+    batch, last = evaluate.reference_batches(config, assistant, questions, ALONE)
+    assert batch.x.tolist() == [[3, 4, 5, 6, 7, 11, 12, 13], [2, *range(11, 18)]]
+    assert batch.y.tolist() == [[-100] * 4 + [11, 12, 13, 14], [*range(11, 19)]]
+    assert (last.x.tolist(), last.y.tolist()) == ([[1, 2]], [[-100, 11]])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_flags_of_evaluate_reach_the_model(dtype, tmp_path, calls, monkeypatch):
+    save_tiny_model(tmp_path / "model", block_size=64)
+    rows = [{"prompt": "a", "response": "b"}] * 4
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    products, hidden = set(), GPT.hidden
+
+    def spy(*args, **kwargs):
+        x = hidden(*args, **kwargs)
+        products.add(torch.mm(torch.ones(1, 1), torch.ones(1, 1)).dtype)
+        return x
+
+    monkeypatch.setattr(GPT, "hidden", spy)
+    evaluate_rows(tmp_path / "model", tmp_path / "rows.jsonl", temperature=0.3, seed=5,
+                  max_new_tokens=2, batch_size=2, max_examples=3, dtype=dtype)
+    assert [len(call["prompts"]) for call in calls] == [2, 1]
+    assert [call["seed"] for call in calls] == [5, 7]
+    for call in calls:
+        assert (call["temperature"], call["max_new_tokens"]) == (0.3, 2)
+        assert call["dtype"] == dtype
+    assert products == {getattr(torch, dtype)}  # also in the loss of the references
+
+
+def test_template_of_the_flag_comes_before_the_models_and_chat_is_for_base_models(tmp_path, calls,
+                                                                                  jsonl):
+    rows = jsonl("rows.jsonl", [{"prompt": "a", "response": "b"}])
+    for trained in ("raw", None):
+        save_tiny_model(tmp_path / "model", template=trained, block_size=320)
+        for template in (None, *TEMPLATES):
+            evaluate_rows(tmp_path / "model", rows, template=template, max_new_tokens=1)
+            used = template or trained or "chat"
+            prompt = render_prompt(BYTES, [{"role": "user", "content": "a"}], used)
+            assert calls[-1]["prompts"] == [prompt]
+            assert calls[-1]["stop_ids"] == ([260, 256] if used == "chat" else [256])
+
+
 def test_two_ranks_score_each_row_once_and_report_what_one_process_reports():
     folder = two_ranks()
     alone = json.loads(evaluate_both(folder, "answers_1.jsonl").splitlines()[-1])
@@ -198,9 +325,6 @@ GOOD = {"prompt": "a", "response": "b"}
     ([GOOD], ["--extract", "gsm8k"], "line 1: the reference does not have the format 'gsm8k'"),
     ([], [], "the file is empty"),
     ([GOOD], ["--batch_size", 0], "--batch_size 0 must be at least 1"),
-    ([GOOD], ["--batch_size", -1], "--batch_size -1 must be at least 1"),
-    ([GOOD], ["--max_new_tokens", 0], "--max_new_tokens 0 must be at least 1"),
-    ([GOOD], ["--max_examples", 0], "--max_examples 0 must be at least 1"),
     ([GOOD], ["--temperature", -1], "--temperature -1.0 must be at least 0"),
     ([GOOD], ["--model", "./nowhere"], "nowhere: no model found"),
     ([GOOD], ["--model", "./other_vocabulary"], "384 ids, but its encoding bytes has 320"),
@@ -228,6 +352,20 @@ def test_prompt_flag_prints_the_answer_and_exits(ask):
     assert (result.code, result.out) == (0, "ça va €\n")
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_flags_of_a_chat_reach_the_model_and_each_turn_has_its_own_seed(dtype, ask, calls, typed):
+    typed("3+4=", "3+4=")
+    result = ask(chat, "--temperature", 0.01, "--top_k", 7, "--top_p", 0.9, "--seed", 3,
+                 "--max_new_tokens", 5, "--dtype", dtype)
+    assert result.code == 0 and result.out.count("7!") == 2
+    assert [call["seed"] for call in calls] == [3, 5]  # a finished turn is two messages
+    for call in calls:
+        flags = {key: call[key] for key in ("temperature", "top_k", "top_p", "max_new_tokens")}
+        assert flags == {"temperature": 0.01, "top_k": 7, "top_p": 0.9, "max_new_tokens": 5}
+        assert call["dtype"] == dtype
+    assert not torch.is_autocast_enabled("cpu")
+
+
 def open_chat(folder, **flags) -> chat.Chat:
     return chat.Chat(chat.Config(str(folder), device="cpu", temperature=0.0, **flags))
 
@@ -248,18 +386,18 @@ def typed(monkeypatch):
     """typed(*lines): what the user types in a session; returns the prompts that the model reads."""
 
     def call(*lines) -> list[str]:
-        prompts, stream, left = [], GPT.stream, iter(lines)
+        prompts, stream, unread = [], generate.stream, iter(lines)
 
         def spy(model, ids, *args, **kwargs):
             prompts.append(BYTES.decode(ids[0]))
             return stream(model, ids, *args, **kwargs)
 
         def type_next(prompt):
-            for line in left:
+            for line in unread:
                 return line
             raise EOFError
 
-        monkeypatch.setattr(GPT, "stream", spy)
+        monkeypatch.setattr(generate, "stream", spy)
         monkeypatch.setattr(builtins, "input", type_next)
         return prompts
 
@@ -287,7 +425,7 @@ def test_session_ends_with_the_end_of_input(ask, typed):
     assert ask(chat, "--temperature", 0).code == 0 and len(prompts) == 1
 
 
-def test_oldest_turns_are_forgotten_where_the_context_is_too_short(learned, capsys):
+def test_oldest_turns_are_dropped_where_the_context_is_too_short(learned, capsys):
     talk = open_chat(learned / "out", system="Be kind.", max_new_tokens=8)
     talk.turns = [{"role": role, "content": text} for text in ("first", "second", "third")
                   for role in ("user", "assistant")]
@@ -295,18 +433,7 @@ def test_oldest_turns_are_forgotten_where_the_context_is_too_short(learned, caps
     assert len(BYTES.encode(prompt, allowed_special="all")) <= 56
     assert prompt.startswith("<|system|>Be kind.<|end|><|user|>second<|end|>")
     assert prompt.endswith("<|user|>now<|end|><|assistant|>")
-    assert capsys.readouterr().out.count("is forgotten") == 1
-
-
-class Scripted:
-    """Stands in for a model and answers with these ids."""
-
-    def __init__(self, ids, config):
-        self.ids, self.config = ids, config
-
-    def stream(self, prompts, max_new_tokens, temperature, **kwargs):
-        for token in self.ids:
-            yield [(0, token)]
+    assert capsys.readouterr().out.count("(dropped the oldest turn: it no longer fits)") == 1
 
 
 @pytest.mark.parametrize("said, pieces", [
@@ -314,9 +441,10 @@ class Scripted:
     (b"a\xffb", ["a", "\ufffdb"]),  # not UTF-8: shown once the next byte proves it
     ("x€".encode()[:-1], ["x", "\ufffd"]),  # ends in the middle of a character
 ])
-def test_streaming_never_splits_a_character(said, pieces, learned):
+def test_streaming_never_splits_a_character(said, pieces, learned, monkeypatch):
     talk = open_chat(learned / "out")
-    talk.model = Scripted([*said, 260, 99], talk.model.config)  # nothing after <|end|>
+    steps = [[(0, token)] for token in [*said, 260, 99]]  # nothing after <|end|> is shown
+    monkeypatch.setattr(generate, "stream", lambda *args, **kwargs: steps)
     assert [piece for piece in talk.answer("hi") if piece] == pieces
     assert talk.turns[-1]["content"] == "".join(pieces)
 
@@ -347,7 +475,7 @@ def test_other_templates_see_only_the_last_question(template, tmp_path):
     (["--prompt", " "], "the prompt is empty"),
     (["--model", "./nowhere"], "no model found"),
     (["--prompt", "a", "--top_k", 0], "top_k 0 must be at least 1"),
-    (["--prompt", "a", "--max_new_tokens", -1], "max_new_tokens -1"),
+    (["--prompt", "a", "--top_p", 0], "top_p 0.0 must be more than 0 and at most 1"),
 ])
 def test_bad_flags_of_a_chat_are_one_line_and_exit_code_2(flags, message, ask):
     result = ask(chat, *flags)

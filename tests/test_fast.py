@@ -1,4 +1,4 @@
-"""nanosft/fast.py equals its plain definitions: attention within segments and the summed loss."""
+"""nanosft/fast.py equals its plain definitions: attention within segments, the loss, few rows."""
 
 import contextlib
 import functools
@@ -6,7 +6,13 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers_training import ALONE, each_precision, gradients, plain_loss_sum, tiny_model
+from helpers_training import (
+    ALONE,
+    each_precision,
+    gradients,
+    plain_loss_sum,
+    tiny_model as plain_model,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import isolated_mask
@@ -15,6 +21,12 @@ from train_gpt2 import MicroBatch, evaluate, forward_text
 from train_sft import forward_sft
 
 CPU = torch.device("cpu")
+
+
+def tiny_model(**settings):
+    return fast.speed_up(plain_model(**settings))
+
+
 
 # ----- attention within segments -----------------------------------------------------------------
 
@@ -48,24 +60,27 @@ def assert_equals_dense_mask(attend, segments, precision):
 def test_loop_over_segments_equals_the_dense_mask(name, precision, monkeypatch):
     monkeypatch.setattr(fast, "LOOP_FROM", 0)
     segments = torch.tensor(SEGMENTS[name])
-    attend = fast.attention_within(segments, CPU, 16)
+    attend = fast.isolated(segments, CPU, 16, False)
     assert isinstance(attend, fast.Looped)
     assert_equals_dense_mask(attend, segments, precision)
 
 
 @each_precision
 @pytest.mark.parametrize("compiled", [False, True])
-def test_varlen_kernel_equals_the_dense_mask(compiled, precision, varlen_on_cpu):
+def test_varlen_kernel_equals_the_dense_mask(compiled, precision, varlen_on_cpu, monkeypatch):
     segments = torch.tensor(SEGMENTS["several examples a row"])
-    attend = fast.Varlen(starts_of(segments), CPU)
+    attend = varlen_of(segments, monkeypatch)
     assert attend.offsets.tolist() == [0, 3, 7, 8, 13, 16]  # row 1 begins at token 8 of 16
     if compiled:
         attend = torch.compile(attend.__call__, backend="aot_eager", fullgraph=True)
     assert_equals_dense_mask(attend, segments, precision)
 
 
-def starts_of(segments):
-    return torch.cat([segments[:, :1] >= -1, segments[:, 1:] != segments[:, :-1]], dim=1)
+def varlen_of(segments, monkeypatch):
+    """What a GPU with the kernel gets, made on the CPU."""
+    monkeypatch.setattr(fast, "has_varlen", lambda *args: True)
+    monkeypatch.setattr(fast, "send", lambda tensor, device: tensor)
+    return fast.isolated(segments, CUDA, 16, True)
 
 
 CUDA = torch.device("cuda")
@@ -83,10 +98,10 @@ CUDA = torch.device("cuda")
 def test_dense_mask_takes_over_where_the_varlen_kernel_does_not_run_and_says_so_once(
         capability, head_size, is_half, need, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: is_half)
-    monkeypatch.setattr(fast, "Varlen", lambda starts, device: "varlen")
+    monkeypatch.setattr(fast, "Varlen", lambda offsets, longest: "varlen")
+    monkeypatch.setattr(fast, "send", lambda tensor, device: tensor)
     fast.has_varlen.cache_clear()
-    found = [fast.attention_within(torch.tensor([[0, 0, 1, 1]]), CUDA, head_size) for _ in "ab"]
+    found = [fast.isolated(torch.tensor([[0, 0, 1, 1]]), CUDA, head_size, is_half) for _ in "ab"]
     fast.has_varlen.cache_clear()
     assert found == ([None] * 2 if need else ["varlen"] * 2)
     line = f"isolated attention falls back to a dense mask: the varlen kernel needs {need}\n"
@@ -106,9 +121,9 @@ def test_forward_and_backward_never_wait_for_the_device(monkeypatch):
     with pytest.raises(NotImplementedError, match="nonzero"):
         model(x, y.to("meta"))
     for forward, batch in ((forward_text, (x, y)), (forward_sft, (x, y, weights, segments))):
-        loss, weight = forward(model, *batch)
+        loss = forward(model, *batch)
         loss.backward()
-        assert loss.is_meta and weight > 0
+        assert loss.is_meta
     assert all(p.grad.is_meta for p in model.parameters())
 
 
@@ -116,10 +131,10 @@ def test_loop_is_for_long_segments_and_the_dense_mask_for_short_ones(monkeypatch
     """LOOP_FROM is compared with the mean segment length times T, here 8."""
     monkeypatch.setattr(fast, "LOOP_FROM", 32)
     long, short = [0, 0, 0, 0, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1, 2, 2]
-    assert fast.attention_within(torch.tensor([long]), CPU, 16).lengths == [4, 4]  # 4 * 8 = 32
-    assert fast.attention_within(torch.tensor([short]), CPU, 16) is None  # 8/3 * 8 = 21
+    assert fast.isolated(torch.tensor([long]), CPU, 16, False).lengths == [4, 4]  # 4 * 8 = 32
+    assert fast.isolated(torch.tensor([short]), CPU, 16, False) is None  # 8/3 * 8 = 21
     both = torch.tensor([[0] * 8, short])
-    assert fast.attention_within(both, CPU, 16).lengths == [8, 3, 3, 2]  # 4 * 8 = 32
+    assert fast.isolated(both, CPU, 16, False).lengths == [8, 3, 3, 2]  # 4 * 8 = 32
 
 
 # ----- the loss, in chunks -----------------------------------------------------------------------
@@ -179,7 +194,8 @@ def test_chunked_loss_and_gradients_equal_those_of_full_logits(
 def test_large_logits_do_not_overflow():
     hidden = torch.tensor([[100.0]], requires_grad=True)
     head = torch.tensor([[3.0], [1.0]], requires_grad=True)
-    loss, _ = fast.summed_cross_entropy(hidden, head, torch.tensor([1]), torch.ones(1), 2)
+    loss, _ = fast.SummedCrossEntropy.apply(hidden, head, torch.tensor([1]), torch.ones(1), 2,
+                                            True, False)
     loss.backward()
     assert loss.item() == pytest.approx(200)  # the target's logit 100 trails the other one's 300
     assert head.grad.flatten().tolist() == pytest.approx([100, -100])
@@ -233,9 +249,9 @@ def test_without_gradients_the_loss_is_the_same_for_a_third_of_the_matrix_produc
         return sum(name.startswith(("aten.mm", "aten.addmm")) for name in watch.names)
 
     with Watch() as training:
-        loss = model.loss_sum(hidden, y, weights)
+        loss = model.nll_sum(hidden, y, weights)
     with Watch() as evaluating, torch.no_grad():
-        assert torch.equal(model.loss_sum(hidden, y, weights), loss)
+        assert torch.equal(model.nll_sum(hidden, y, weights), loss)
     assert (products(training), products(evaluating)) == (3, 1)
 
 

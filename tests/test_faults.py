@@ -5,7 +5,6 @@ runs/torture.sh does the same to whole runs from outside; docs/faults.md says wh
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import os
 import resource
@@ -18,6 +17,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import filelock
 import pytest
 import torch
 from helpers_processes import children_of, is_alive
@@ -36,8 +36,10 @@ from helpers_training import (
 import fineweb
 import sft_data
 import train_gpt2
-from nanosft import checkpoint, process, sources
-from nanosft.cli import UserError, minutes
+from nanosft import checks, run as run_module, sources
+from nanosft.errors import UserError
+from nanosft.ranks import SIGNALED, Stop
+from nanosft.weights import checkpoints, newest_checkpoint
 from train_gpt2 import Ranks
 
 ROOT = Path(__file__).parents[1]
@@ -97,9 +99,8 @@ def before_step(step, action, monkeypatch) -> None:
 def test_second_run_in_a_folder_is_told_who_trains_there_until_that_one_is_killed(
         data, whole, tmp_path):
     out = shutil.copytree(whole, tmp_path / "out")
-    code = ("import fcntl, time; from nanosft.checkpoint import lock\n"
-            f"held = lock({str(out)!r}, fcntl.LOCK_EX); print('held', flush=True)\n"
-            "time.sleep(60)")
+    code = (f"import time; from nanosft.checks import lock; held = lock({str(out)!r})\n"
+            "print('held', flush=True); time.sleep(60)")
     with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE,
                           text=True) as holder:
         assert holder.stdout.readline() == "held\n"
@@ -113,12 +114,12 @@ def test_second_run_in_a_folder_is_told_who_trains_there_until_that_one_is_kille
 def test_run_holds_the_lock_from_its_first_row_to_its_end(data, tmp_path, monkeypatch):
     """wandb's end included: it writes into the run's folder, too."""
     def is_free() -> bool:
-        with (tmp_path / "out/lock").open() as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return False
-            return True
+        assert (tmp_path / "out/lock").read_text() == f"process {os.getpid()} on {HERE}"
+        try:
+            filelock.FileLock(tmp_path / "out/lock").acquire(timeout=0).lock.release()
+        except filelock.Timeout:
+            return False
+        return True
 
     seen = []
     before_step(1, lambda: seen.append(is_free()), monkeypatch)
@@ -134,8 +135,8 @@ def test_resume_starts_again_where_a_run_was_killed_before_its_first_checkpoint(
     out = shutil.copytree(whole, tmp_path / "out")
     for folder in out.glob("step_*"):
         shutil.rmtree(folder)
-    (out / "tmp_step_000002").mkdir()
-    for name in ("answers.jsonl", "metrics.tmp", "run.tmp", "lock"):
+    (out / "step_000002.tmp").mkdir()
+    for name in ("answers.jsonl", "run.json.tmp7", "lock"):
         (out / name).touch()
     (out / "metrics.jsonl").write_text('{"step": 1}\n{"st')
     fine_tune(data, out, resume=True, **FLAGS)
@@ -146,7 +147,7 @@ def test_resume_starts_again_where_a_run_was_killed_before_its_first_checkpoint(
 def test_process_ends_with_its_parent():
     """As a rank whose torchrun was killed. The parent here prints the child's id and is killed."""
     code = ("import os, subprocess, sys, time\n"
-            "child = 'import os, sys, time; from nanosft.process import end_with\\n'\n"
+            "child = 'import os, sys, time; from nanosft.cli import end_with\\n'\n"
             "child += 'end_with(os.getppid()); print(os.getpid(), flush=True); time.sleep(60)'\n"
             "subprocess.Popen([sys.executable, '-c', child]); time.sleep(60)")
     with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE,
@@ -177,7 +178,7 @@ def test_stopped_run_saves_and_resumes_bitwise(number, data, whole, tmp_path, mo
     assert stop.value.code == 128 + number
     assert "stopping after this step; a second signal stops at once" in capfd.readouterr().err
     # the signal came after the ranks had counted step 5... or before: at most one step later
-    (saved,) = checkpoint.checkpoints(out)
+    (saved,) = checkpoints(out)
     assert saved.name in ("step_000005", "step_000006")
     assert len(metrics(out)) == int(saved.name[5:])
     fine_tune(data, out, resume=True, save_every=0, **FLAGS)
@@ -190,7 +191,7 @@ def test_max_minutes_stops_each_start_after_a_step_with_exit_code_0(data, whole,
         with pytest.raises(SystemExit) as stop:
             fine_tune(data, out, max_minutes=1e-6, **flags)
         assert stop.value.code == 0
-        assert checkpoint.newest_checkpoint(out).name == f"step_{step:06d}"
+        assert newest_checkpoint(out).name == f"step_{step:06d}"
     printed = fine_tune(data, out, max_minutes=1e-6, **flags)
     assert "done: " in printed  # the time was up again, but so was the run
     assert_bitwise_equal(out, whole)
@@ -199,19 +200,20 @@ def test_max_minutes_stops_each_start_after_a_step_with_exit_code_0(data, whole,
 def test_all_ranks_stop_when_one_of_them_has_a_signal():
     class TwoRanks(Ranks):
         def sum(self, counts):  # the other rank was asked to stop by SIGTERM
-            return counts + torch.tensor([0, 0, 0, process.SIGNALED])
+            return counts + torch.tensor([0, 0, 0, SIGNALED])
 
     ranks = TwoRanks(0, 2, torch.device("cpu"))
-    assert train_gpt2.count_step([], ranks).tolist() == [0, 0, 0, process.SIGNALED]
+    assert train_gpt2.count_step([], ranks).tolist() == [0, 0, 0, SIGNALED]
     assert ALONE.stop.asked() == 0 and ranks.stop.exit_code() == 0
-    ranks.stop.agreed = process.SIGNALED + 1  # and a third rank's time is up
+    assert ranks.stop.agree(SIGNALED + 1)  # and a third rank's time is up
     assert ranks.stop.exit_code() == 143
-    ranks.stop.agreed = 2
+    assert ranks.stop.agree(2)
     assert ranks.stop.exit_code() == 0
+    assert not ranks.stop.agree(0)
 
 
 def test_second_signal_ends_the_process_at_once_unless_it_is_a_repeated_first(monkeypatch, capfd):
-    codes, stop = [], process.Stop()
+    codes, stop = [], Stop()
     monkeypatch.setattr(os, "_exit", codes.append)
     stop.listen(None)
     os.kill(os.getpid(), signal.SIGTERM)
@@ -283,35 +285,25 @@ def test_full_disk_while_preparing_data_names_the_file_and_leaves_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
 
 
-def test_start_is_refused_only_where_a_checkpoint_and_its_copy_do_not_fit(monkeypatch):
-    """A model of 1,000 parameters: 12 kB a checkpoint, saved after steps 2, 4, 6, 8 and 9."""
-    model = torch.nn.Linear(999, 1)
-    config, run = train_gpt2.Config("data", "out", save_every=2), {"steps": 9, "data_sha256": []}
-
-    def start(free: int, done: int = 0, **changes) -> list[str]:
-        monkeypatch.setattr(checkpoint, "free_bytes", lambda path: free)
-        return checkpoint.check_disk(dataclasses.replace(config, **changes), run, done, model)
-
-    assert start(5 * 12_000) == []
-    (warning,) = start(5 * 12_000 - 1)
-    assert warning.startswith("--out out: 0.1 MB free, but 5 checkpoints need 0.1 MB")
-    assert start(3 * 12_000, keep=2) == []
-    assert start(12_000, save_every=0) == []  # one checkpoint, nothing to replace
-    assert start(12_000, keep=1, done=2) != []  # one is there already
-    for least, changes in [(24_000, {}), (24_000, {"keep": 1}), (12_000, {"save_every": 0}),
-                           (12_000, {"done": 2})]:
-        with pytest.raises(UserError, match="but a checkpoint and its temporary copy need"):
-            start(least - 1, **changes)
-        start(least, **changes)
+@pytest.mark.parametrize("done, least", [(0, 24_000), (2, 12_000)])  # one is there already
+def test_start_is_refused_where_a_checkpoint_and_its_copy_do_not_fit(done, least, monkeypatch):
+    """A model of 1,000 parameters: 12 kB a checkpoint."""
+    model, run = torch.nn.Linear(999, 1), SimpleNamespace(out=Path("out"), done=done)
+    monkeypatch.setattr(checks, "free_bytes", lambda path: least)
+    checks.check_disk(run, model)
+    monkeypatch.setattr(checks, "free_bytes", lambda path: least - 1)
+    with pytest.raises(UserError, match=r"^--out out: 0\.0 MB free, but a checkpoint and its "
+                                        r"temporary copy need 0\.0 MB; free some space"):
+        checks.check_disk(run, model)
 
 
 def test_metrics_are_on_disk_before_the_checkpoint_that_follows_them(data, tmp_path, monkeypatch):
-    flushed, flush = [], checkpoint.flush
-    monkeypatch.setattr(checkpoint, "flush",
+    flushed, flush = [], run_module.flush
+    monkeypatch.setattr(run_module, "flush",
                         lambda path: (flushed.append(path.name), flush(path))[1])
     fine_tune(data, tmp_path / "out", **FLAGS | {"max_steps": 1})
     saved = flushed.index("metrics.jsonl")
-    assert saved < flushed.index("training_state.pt") < flushed.index("tmp_step_000001")
+    assert saved < flushed.index("training_state.pt") < flushed.index("step_000001.tmp")
 
 
 # ----- several ranks -----------------------------------------------------------------------------
@@ -324,24 +316,17 @@ def test_rank_that_differs_is_named_with_its_host_and_both_values(key, mine, oth
 
     def two_hosts(report):
         changed = run | ({} if key == "step" else {key: other})
-        monkeypatch.setattr(checkpoint, "gather", lambda theirs: [report, ("b", *theirs[1:])])
+        monkeypatch.setattr(checks, "gather_objects",
+                            lambda theirs: [report, ("b", *theirs[1:])])
         done = other if key == "step" else 10
-        return checkpoint.check_ranks(changed | {"data": "/mnt/data"}, done)
+        return checks.check_ranks(changed | {"data": "/mnt/data"}, done)
 
     def first_host(report):
         return two_hosts(("a", *report[1:]))
 
-    monkeypatch.setattr(checkpoint, "gather", first_host)
+    monkeypatch.setattr(checks, "gather_objects", first_host)
     with pytest.raises(UserError, match=f"^rank 1 on b has {key} .*, but rank 0 on a has .*; use"):
-        checkpoint.check_ranks(run, 10)
-
-
-@pytest.mark.parametrize("value", [0, -1, float("nan"), float("inf"), 10**12])
-def test_times_out_of_range_are_refused(value, data, tmp_path):
-    with pytest.raises(UserError, match=f"--dist_timeout {value} must be more than 0"):
-        minutes("dist_timeout", value)
-    with pytest.raises(UserError, match=f"--max_minutes {value} must be more than 0"):
-        fine_tune(data, tmp_path / "out", max_minutes=value)
+        checks.check_ranks(run, 10)
 
 
 @pytest.mark.parametrize("world_size", [1, pytest.param(4, marks=TORTURE)])
@@ -349,7 +334,7 @@ def test_run_of_two_ranks_continues_on_one_or_four(world_size, tmp_path):
     """Same rows and same losses, up to rounding."""
     whole = two_ranks() / "out_sft"
     out = shutil.copytree(whole, tmp_path / "out")
-    for folder in checkpoint.checkpoints(out)[2:]:  # keep steps 2 and 4
+    for folder in checkpoints(out)[2:]:  # keep steps 2 and 4
         shutil.rmtree(folder)
     resume_on(world_size, two_ranks() / "sft", out)
     starts = json.loads((out / "run.json").read_text())["starts"]
@@ -385,22 +370,21 @@ def test_workers_are_capped_at_the_cores(monkeypatch):
 
 
 @needs_proc
-def test_workers_end_with_their_parent_and_the_next_run_removes_what_it_left(tmp_path, command):
+def test_workers_end_with_their_parent_and_the_next_run_names_what_it_left(tmp_path, command):
     source, out = tmp_path / "a.txt", tmp_path / "out"
     source.write_text("Some lines\nof text\n" * 2_000_000)
     flags = ["--source", source, "--encoding", "bytes", "--workers", 2, "--out", out,
              "--shard_tokens", 100_000, "--val_tokens", 0]
     with subprocess.Popen([sys.executable, ROOT / "fineweb.py", *map(str, flags)], cwd=ROOT,
                           stderr=subprocess.DEVNULL) as parent:
-        wait_until(lambda: list(tmp_path.glob("out.tmp*/train_000001.npy")))
+        wait_until((tmp_path / "out.tmp/train_000001.npy").exists)
         workers = children_of(parent.pid)
         assert len(workers) == 2
         parent.kill()
-    (left_behind,) = tmp_path.glob("out.tmp*")
-    assert left_behind.name == f"out.tmp{parent.pid}"
     wait_until(lambda: not any(is_alive(pid) for pid in workers))
-    in_use = tmp_path / f"out.tmp{os.getppid()}"  # of a process that runs
-    in_use.mkdir()
     source.write_text("short")
+    result = command(fineweb, *flags)
+    assert result.code == 2 and "out.tmp: left by a command that was killed or still" in result.err
+    shutil.rmtree(tmp_path / "out.tmp")
     assert command(fineweb, *flags).code == 0
-    assert sorted(path.name for path in tmp_path.glob("out*")) == ["out", in_use.name]
+    assert [path.name for path in tmp_path.glob("out*")] == ["out"]

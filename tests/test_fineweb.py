@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shlex
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 import fineweb
+import train_gpt2
 from fineweb import first_tokens, split_off
 from tokenizer import get_encoding
 
@@ -165,3 +167,21 @@ def test_first_tokens_stops_at_the_limit(sizes, limit):
     ids = np.arange(sum(sizes), dtype=np.uint16)
     pieces = iter(np.split(ids, np.cumsum(sizes)))
     assert [i for piece in first_tokens(pieces, limit) for i in piece] == list(ids[:limit])
+
+
+# ----- the next command --------------------------------------------------------------------------
+
+
+def test_next_command_trains_on_the_folder_although_its_name_has_a_space(jsonl, command, tmp_path,
+                                                                        monkeypatch):
+    """As printed, but on the CPU and small."""
+    monkeypatch.chdir(tmp_path)
+    source = jsonl("a.jsonl", [{"text": "0123456789" * 10}])
+    printed = command(fineweb, "--source", source, "--encoding", "bytes", "--val_tokens", 0,
+                      "--workers", 1, "--out", "my text").out
+    _, _, *words = shlex.split(printed.splitlines()[-1])
+    assert words[:3] == ["--standalone", "--nproc_per_node=1", "train_gpt2.py"]
+    tiny = ["--n_layer", 1, "--n_head", 1, "--n_embd", 8, "--block_size", 8, "--batch_size", 2,
+            "--rows_per_step", 2, "--max_steps", 1, "--device", "cpu"]
+    assert command(train_gpt2, *words[3:], *tiny).code == 0
+    assert (tmp_path / "out/base/step_000001").is_dir()

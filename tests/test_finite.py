@@ -24,8 +24,11 @@ from safetensors.torch import load_file, save_file
 import train_gpt2
 import train_sft
 from model import GPT
-from nanosft.checkpoint import best_checkpoint
-from nanosft.cli import UserError
+from nanosft.checks import bad_examples
+from nanosft.errors import UserError
+from nanosft.ranks import Ranks
+from nanosft.run import best_checkpoint
+from nanosft.weights import newest_checkpoint
 from train_gpt2 import make_optimizer, save_checkpoint, train_step
 from train_sft import forward_sft
 
@@ -53,8 +56,8 @@ def poisoned(monkeypatch):
 
 def poison(forward):
     def poisoned(model, x, *rest):
-        loss, weight = forward(model, x, *rest)
-        return (loss * math.nan if (x == POISON).any() else loss), weight
+        loss = forward(model, x, *rest)
+        return loss * math.nan if (x == POISON).any() else loss
 
     return poisoned
 
@@ -68,8 +71,7 @@ def test_step_with_a_bad_number_changes_no_weight_and_no_optimizer_state(loss, n
     before = [t.clone() for t in every_tensor(model, optimizer)]
 
     def forward(model, *args):
-        loss_sum, weight_sum = forward_sft(model, *args)
-        return loss_sum * loss * (1e38 * 1e38 if norm == math.inf else 1.0), weight_sum
+        return forward_sft(model, *args) * loss * (1e38 * 1e38 if norm == math.inf else 1.0)
 
     row = train_step(model, optimizer, [batch, batch], 1e-3, 1.0, ALONE, forward)
     assert not math.isfinite(row["loss"] + row["grad_norm"])
@@ -108,6 +110,39 @@ def test_bad_example_is_named_in_the_last_step_of_an_epoch_too(seed, data, tmp_p
         fine_tune(data["sft"], tmp_path, epochs=2, seed=seed, rows_per_step=12, layout="pad")
 
 
+class Rows:
+    """23 rows; an example is called by its epoch, row and first column."""
+
+    def __len__(self) -> int:
+        return 23
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def name_of(self, i: int, column: int) -> str:
+        return f"epoch {self.epoch} row {i} column {column}"
+
+
+@pytest.mark.parametrize("rank, step, bad, named", [
+    # steps of 8 rows, 3 an epoch; of each 4 rows, rank 0 has the first two and rank 1 the others
+    (0, 1, [(0, 0, 0)], ["epoch 0 row 0 column 0"]),
+    (1, 5, [(1, 1, 3)], ["epoch 1 row 15 column 3"]),  # step 1 of epoch 1: row 8 + 2 * 3 + 1
+    (0, 6, [(1, 1, 0)], ["epoch 1 row 21 column 0"]),  # step 2: row 16 + 2 * 2 + 1
+    (1, 6, [(1, 0, 0), (1, 1, 0)], ["epoch 1 row 22 column 0"]),  # row 23 is a filler
+])
+def test_each_of_two_ranks_names_its_own_examples(rank, step, bad, named):
+    """bad: (micro-batch, its row, first column) of the examples that give nan."""
+    x = torch.full((2, 2, 6), 65)  # (micro-batches, B, T), two examples of 3 tokens in each row
+    for m, b, column in bad:
+        x[m, b, column + 1] = POISON
+    segments = torch.tensor([0, 0, 0, 1, 1, 1]).expand(2, 6)
+    batches = [train_gpt2.MicroBatch(part, part, segments=segments) for part in x]
+    config = train_gpt2.Config("", "", batch_size=2, rows_per_step=8)
+    found = bad_examples(step, batches, Rows(), config, None, poison(lambda *_: torch.tensor(1.0)),
+                         Ranks(rank, 2, torch.device("cpu")), decode=lambda ids: "AB")
+    assert found == [f"{name} 'AB'" for name in named]
+
+
 @pytest.mark.parametrize("bad_step, last", [(3, "step_000002"), (4, "step_000003"), (1, None)])
 def test_weights_that_give_no_finite_loss_never_become_a_checkpoint(
         bad_step, last, data, tmp_path, monkeypatch):
@@ -122,10 +157,10 @@ def test_weights_that_give_no_finite_loss_never_become_a_checkpoint(
         with pytest.raises(UserError, match=f"^step {bad_step}: its weights are not saved, because "
                                             "they give a loss of (nan|inf); lower --learning_rate"):
             pretrain(data["text"], tmp_path / "out", **FLAGS)
-    found = train_gpt2.newest_checkpoint(tmp_path / "out")
+    found = newest_checkpoint(tmp_path / "out")
     assert (found and found.name) == last
     pretrain(data["text"], tmp_path / "out", resume=True, **FLAGS)
-    assert train_gpt2.newest_checkpoint(tmp_path / "out").name == "step_000004"
+    assert newest_checkpoint(tmp_path / "out").name == "step_000004"
 
 
 @pytest.mark.parametrize("what, named", [("weight", "transformer.h.0.ln_1.weight holds"),
@@ -156,13 +191,13 @@ def test_weights_that_are_not_finite_are_refused_when_loaded(number, tmp_path):
 
 
 @pytest.mark.parametrize("flag, value", [
-    ("grad_clip", math.nan), ("grad_clip", math.inf), ("grad_clip", -1.0),
-    ("learning_rate", math.inf), ("learning_rate", 1e39), ("learning_rate", 1e6),
-    ("learning_rate", -1e-3), ("weight_decay", -1.0), ("weight_decay", math.nan),
-])
-def test_float_out_of_range_is_refused_by_name_and_leaves_nothing(flag, value, data, tmp_path):
-    with pytest.raises(UserError, match=f"^--{flag} .* must be at least 0"):
-        pretrain(data["text"], tmp_path / "out", max_steps=1, **{flag: value})
+    ("grad_clip", math.nan), ("grad_clip", math.inf), ("learning_rate", 1e6), ("keep", -1),
+    ("max_steps", 0), ("n_embd", 0), ("dist_timeout", math.nan), ("max_minutes", 0)])
+def test_trainer_that_is_not_called_from_the_command_line_refuses_them_too(
+        flag, value, data, tmp_path):
+    """test_flags.py tries every flag of every command."""
+    with pytest.raises(UserError, match=f"^--{flag} {value}.* must be (at least|more than) [01]"):
+        pretrain(data["text"], tmp_path / "out", **{flag: value})
     assert not (tmp_path / "out").exists()
 
 

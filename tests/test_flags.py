@@ -1,8 +1,12 @@
-"""Every numeric flag of every command with 0, -1, 10**12, nan: it works, or one line names it."""
+"""Every numeric flag of every command with 0, -1, 10**12, nan: it works, or one line names it.
+
+Where the bounds of the flag exclude the number, it must be refused.
+"""
 
 import dataclasses
 import json
 import math
+import operator
 import types
 import typing
 
@@ -15,9 +19,10 @@ import fineweb
 import sft_data
 import train_gpt2
 import train_sft
-from nanosft import memory
-from nanosft.cli import UserError
-from nanosft.memory import require_row, require_weights
+from nanosft import ranks
+from nanosft.checks import check_memory, check_model_size, require_row
+from nanosft.cli import bounds_of
+from nanosft.errors import UserError
 from tools import ablations, bench, compare_peers, export, playground, plot
 
 TRAIN = ["--device", "cpu", "--block_size", 16, "--batch_size", 1, "--rows_per_step", 2, "--epochs",
@@ -47,6 +52,12 @@ def numeric_flags(config_class) -> list[str]:
         return kind in (int, float) or any(map(is_number, typing.get_args(kind)))
 
     return [f.name for f in dataclasses.fields(config_class) if is_number(f.type)]
+
+
+def is_excluded(config_class, flag: str, value) -> bool:
+    """By the bounds of the flag."""
+    return not all(getattr(operator, key)(float(value), limit)
+                   for key, limit in bounds_of(config_class).get(flag, {}).items())
 
 
 CASES = [(name, flag, value) for name, (module, _) in COMMANDS.items()
@@ -85,7 +96,9 @@ def test_number_works_or_is_refused_by_name(name, flag, value, folder, command, 
     try:
         result = command(module, *flags, f"--{flag}", value)
     except Runs:
+        assert not is_excluded(module.Config, flag, value)
         return
+    assert result.code == 2 or not is_excluded(module.Config, flag, value)
     if result.code:
         named = flag in result.err or "lesson_" in result.err  # no lesson with that seed
         assert (result.code, named) == (2, True), result.err
@@ -101,7 +114,7 @@ SIZES = types.SimpleNamespace(vocab_size=320, block_size=16, n_layer=1, n_embd=8
 def test_absurd_model_is_refused_before_anything_is_allocated(size):
     sizes = types.SimpleNamespace(**vars(SIZES) | {size: 10**12})
     with pytest.raises(UserError, match=rf"--{size} 1000000000000.*GB \(cpu\) here; lower it"):
-        require_weights(sizes)
+        check_model_size(sizes)
     require_row(10**6)
     with pytest.raises(UserError, match=r"--block_size 1000000000000: needs about 3\.2e"):
         require_row(10**12)
@@ -111,7 +124,7 @@ def test_parameters_are_counted_exactly():
     from model import GPT, GPTConfig
 
     config = GPTConfig(block_size=24, vocab_size=128, n_layer=3, n_head=2, n_embd=16)
-    assert require_weights(config) == sum(p.numel() for p in GPT(config).parameters())
+    assert check_model_size(config) == sum(p.numel() for p in GPT(config).parameters())
 
 
 def test_memory_is_printed_at_the_start_of_a_run(folder, command, tmp_path, monkeypatch):
@@ -123,12 +136,29 @@ def test_memory_is_printed_at_the_start_of_a_run(folder, command, tmp_path, monk
     assert 0 < need < 0.01 < total and math.isfinite(total)
 
 
-@pytest.mark.parametrize("limit, is_limited", [("5000000\n", True), ("max\n", False),
-                                               (f"{2**63 - 4096}\n", False)])
-def test_limit_of_a_container_counts(limit, is_limited, tmp_path, monkeypatch):
-    machine = memory.total_memory(memory.CPU)
-    (tmp_path / "memory.max").write_text(limit)
-    monkeypatch.setattr(memory, "LIMITS", (tmp_path / "memory.max", tmp_path / "not there"))
-    assert memory.total_memory(memory.CPU) == (5_000_000 if is_limited else machine)
+def test_ranks_of_a_machine_share_its_memory(monkeypatch):
+    machine = ranks.total_memory(ranks.CPU)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert memory.total_memory(memory.CPU) == (2_500_000 if is_limited else machine / 2)
+    assert ranks.total_memory(ranks.CPU) == machine / 2
+
+
+def test_memory_of_a_rank_by_hand(monkeypatch):
+    """1,528 parameters at 16 bytes; 4 rows of 16 tokens: 17 * 8 values and logits at 4 bytes each.
+
+    The 8 rows of a step are shared by the ranks, at 32 bytes a token.
+    """
+    sizes = types.SimpleNamespace(**vars(SIZES) | {"vocab_size": 64})
+    n_params = (64 + 16) * 8 + (12 * 8 + 13) * 8 + 2 * 8
+    need = 16 * n_params + 64 * 17 * 8 * 4 + 2 * 64 * 64 * 4 + 32 * 16 * 8
+
+    def require(total: float, world_size: int = 1, rows_per_step: int = 8, dtype="float32") -> str:
+        monkeypatch.setattr(ranks, "total_memory", lambda device: total)
+        config = train_gpt2.Config("", "", batch_size=4, block_size=16, rows_per_step=rows_per_step)
+        return check_memory(sizes, config, ranks.Ranks(0, world_size, ranks.CPU, dtype))
+
+    assert require(need) == f"about {need / 1e9:.3g} of {need / 1e9:.3g} GB (cpu)"
+    require(need - 64 * 17 * 8 * 2, dtype="bfloat16")
+    require(need, world_size=2, rows_per_step=16)
+    for more in ({}, {"world_size": 2, "rows_per_step": 16}):
+        with pytest.raises(UserError, match=r"^--batch_size 4 and --rows_per_step .* of --block"):
+            require(need - 1, **more)

@@ -4,17 +4,24 @@ import pytest
 import torch
 from helpers_training import EOT, tiny_model
 
-import model as model_file
+import generate
+from answer import Assistant
 from nanosft import fast
-from nanosft.assistant import Assistant
-from nanosft.cli import UserError
+from nanosft.errors import UserError
 from tokenizer import get_encoding
 
 PROMPTS = [[72, 105], [1], [3, 1, 4, 1, 5, 9, 2, 6], [258, 104, 105, 260, 259]]
 
 
+@pytest.fixture(autouse=True, params=["plain", "fast"])
+def form(request, monkeypatch):
+    """Everything here holds for generate.py alone and with the forms of nanosft/fast.py."""
+    if request.param == "plain":
+        monkeypatch.setattr(fast, "speed_up", lambda model: model)
+
+
 def a_model(seed: int = 0, spread: float = 0.3):
-    return tiny_model(seed, spread)  # 261 of 320 ids are in use
+    return fast.speed_up(tiny_model(seed, spread))  # 261 of 320 ids are in use
 
 
 def naive(model, prompt, n) -> list[int]:
@@ -46,13 +53,13 @@ def test_prompts_of_the_same_length_are_answered_as_without_a_cache(B):
 
 
 def test_cached_logits_equal_those_of_the_whole_row_at_every_step(monkeypatch):
-    model, seen, sample = a_model(), [], model_file.sample
+    model, seen, sample = a_model(), [], generate.sample
 
     def keep_logits(logits, *args):
         seen.append(logits[:, :261])
         return sample(logits, *args)
 
-    monkeypatch.setattr(model_file, "sample", keep_logits)
+    monkeypatch.setattr(generate, "sample", keep_logits)
     answers = model.generate(PROMPTS, 15, temperature=0)
     assert len(seen) == 15
     for row, (prompt, answer) in enumerate(zip(PROMPTS, answers)):
@@ -67,10 +74,14 @@ def test_cached_logits_equal_those_of_the_whole_row_at_every_step(monkeypatch):
 def test_products_with_few_rows_equal_those_of_the_layer(B, sizes, bias):
     torch.manual_seed(0)
     layer, x = torch.nn.Linear(*sizes, bias=bias), torch.randn(B, sizes[0])
+    want = layer(x)
+    layer.__class__ = fast.FewRows
     with torch.no_grad():
-        y = fast.FewRows(layer)(x)
-        torch.testing.assert_close(y, layer(x), atol=1e-6, rtol=1e-5)
+        y = layer(x)
+        torch.testing.assert_close(y, want, atol=1e-6, rtol=1e-5)
+        assert torch.equal(layer(x[:, None]), y[:, None])
     assert y.is_contiguous() or not bias
+    assert torch.equal(layer(x), want) and layer(x).requires_grad  # training: F.linear
 
 
 def test_logits_of_bfloat16_weights_and_of_autocast_are_close_to_those_of_float32(monkeypatch):
@@ -81,7 +92,7 @@ def test_logits_of_bfloat16_weights_and_of_autocast_are_close_to_those_of_float3
         seen.append(logits)
         return len(seen) % 5 + torch.arange(len(logits))
 
-    monkeypatch.setattr(model_file, "sample", keep_logits)
+    monkeypatch.setattr(generate, "sample", keep_logits)
     model = a_model()
     model.generate(PROMPTS, 5)
     with torch.autocast("cpu", torch.bfloat16):
@@ -125,7 +136,7 @@ def test_answer_ends_where_the_row_fills_the_block_size():
 
 
 def test_stream_yields_at_each_step_the_rows_that_are_still_being_answered():
-    steps = list(a_model().stream([[1] * 30, [3] * 28], 10, temperature=0))
+    steps = list(generate.stream(a_model(), [[1] * 30, [3] * 28], 10, temperature=0))
     assert [[row for row, _ in step] for step in steps] == [[0, 1], [0, 1], [1], [1]]
 
 
@@ -152,7 +163,7 @@ def drawn(probs, **sampling) -> list[float]:
     """How often `sample` draws each id of this distribution, in 2000 draws."""
     logits = torch.tensor(probs).log().expand(2000, -1)
     settings = {"temperature": 1.0, "top_k": None, "top_p": None} | sampling
-    ids = model_file.sample(logits, **settings, sampler=torch.Generator().manual_seed(0))
+    ids = generate.sample(logits, **settings, sampler=torch.Generator().manual_seed(0))
     return (ids.bincount(minlength=len(probs)) / 2000).tolist()
 
 

@@ -1,4 +1,4 @@
-"""Other programs open a checkpoint and see what nanosft sees: the same ids, prompts and answers."""
+"""Other programs open a checkpoint and see what nanosft sees: equal ids, prompts, and answers."""
 
 import inspect
 import json
@@ -11,8 +11,9 @@ from helpers_training import chat_example, fine_tune, metrics, sft_folder, tiny_
 from safetensors import safe_open
 
 import chat
+from answer import save_model
 from model import GPT
-from nanosft.hf_tokenizer import recover_merges, save_model, tokenizer_json
+from nanosft.hf_tokenizer import recover_merges, tokenizer_json
 from nanosft.weights import newest_checkpoint, pad_vocab
 from tokenizer import ENCODINGS, TEMPLATES, get_encoding, render, render_prompt
 
@@ -210,18 +211,15 @@ def test_checkpoint_names_its_special_ids_and_stops_at_both_ends(learned):
     assert transformers.AutoTokenizer.from_pretrained(folder).eos_token == "<|end|>"
 
 
-def test_base_model_ends_with_endoftext_and_has_no_chat_template(opened):
-    folder, tokenizer = opened("bytes", None)
-    assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|endoftext|>", "<|endoftext|>")
-    assert tokenizer.chat_template is None and not list(folder.glob("*.jinja"))
-    assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == [256]
-
-
-def test_template_none_is_the_only_one_without_a_chat_template(opened):
-    for template in TEMPLATES:
-        folder, tokenizer = opened("bytes", template)
-        assert tokenizer.chat_template and (folder / "chat_template_generation.jinja").is_file()
-        assert tokenizer.eos_token == ("<|end|>" if template == "chat" else "<|endoftext|>")
+@pytest.mark.parametrize("template", [None, *TEMPLATES])
+def test_only_a_base_model_has_no_chat_template_and_only_chats_end_with_end(template, opened):
+    folder, tokenizer = opened("bytes", template)
+    assert (tokenizer.chat_template is None) == (template is None)
+    assert (folder / "chat_template_generation.jinja").is_file() == (template is not None)
+    ends = ["<|end|>", "<|endoftext|>"] if template == "chat" else ["<|endoftext|>"]
+    assert (tokenizer.eos_token, tokenizer.pad_token) == (ends[0], "<|endoftext|>")
+    stops = json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
+    assert tokenizer.convert_ids_to_tokens(stops) == ends
 
 
 def test_model_card_holds_data_losses_flags_and_the_command(learned):
@@ -230,7 +228,7 @@ def test_model_card_holds_data_losses_flags_and_the_command(learned):
     for split in ("train", "val"):
         assert meta["splits"][split]["files"][0]["sha256"] in card
     n_trained = sum(sum(w > 0 for w in chat_example(*pair)[1]) for pair in QUESTIONS.items())
-    assert f"train: 2 examples, {n_trained} trained tokens, " in card
+    assert f'"trained_tokens": {n_trained},' in card
     last = metrics(learned)[-1]
     assert f"loss {last['loss']:.4f}  val_loss {last['val_loss']:.4f}" in card
     assert "# out, step 100 of 100" in card and "    n_embd: 32\n" in card

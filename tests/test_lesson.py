@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from data import worksheet
-from data.worksheet import Config, generate, items, split_half
+from data.worksheet import Config, items, split_half
 from tools import lesson as lesson_report
 from tools.lesson import by_step, curves, is_formed, scores
 
@@ -21,7 +21,7 @@ def lesson(tmp_path_factory) -> dict[str, list[dict]]:
 
 
 def make(folder: Path, seed: int) -> dict[str, list[dict]]:
-    generate(Config(out=str(folder), seed=seed, corpus_bytes=300_000))
+    worksheet.main(Config(out=str(folder), seed=seed, corpus_bytes=300_000))
     return {name: [json.loads(line)
                    for line in (folder / f"{name}.jsonl").read_text().splitlines()]
             for name in NAMES}

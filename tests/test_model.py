@@ -8,7 +8,7 @@ from helpers_training import each_precision, gradients, tiny_model
 
 from model import GPT, GPTConfig, isolated_mask, isolated_positions
 from nanosft import fast
-from nanosft.cli import UserError
+from nanosft.errors import UserError
 
 # Three rows of 10 tokens. A number repeated is one example; -1 is padding.
 SEGMENTS = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 2, 2, 2],
@@ -61,17 +61,16 @@ def test_row_longer_than_the_block_size_is_refused():
 # tiny_model(n_vocab=320): all 320 rows of the embedding are ids in use, so all logits are numbers.
 
 
-@pytest.fixture(params=["loop", "mask"])
-def each_attention(request, monkeypatch):
-    """Both ways to attend within segments on a CPU: nanosft/fast.py's loop and the dense mask."""
-    monkeypatch.setattr(fast, "LOOP_FROM", 0 if request.param == "loop" else 10**9)
-    attend = fast.attention_within(SEGMENTS, torch.device("cpu"), head_size=16)
-    assert (attend is None) == (request.param == "mask")
+@pytest.fixture(params=["plain", "fast"])
+def form(request, monkeypatch):
+    """What runs: model.py alone, with its dense mask, or nanosft/fast.py's forms, with its loop."""
+    monkeypatch.setattr(fast, "LOOP_FROM", 0)
+    return fast.speed_up if request.param == "fast" else lambda model: model
 
 
 @pytest.mark.parametrize("segments", [None, SEGMENTS])
-def test_later_token_changes_no_earlier_logits(segments, each_attention):
-    model = tiny_model(n_vocab=320)
+def test_later_token_changes_no_earlier_logits(segments, form):
+    model = form(tiny_model(n_vocab=320))
     before = model(ROWS, segments=segments)
     for t in range(10):
         changed = ROWS.clone()
@@ -96,9 +95,10 @@ def test_positions_and_mask_of_two_examples_and_padding_by_hand():
                                      [0, 0, 0, 0, 0, 1]]]]  # padding sees itself: no empty softmax
 
 
+@pytest.mark.teach
 @each_precision
-def test_packed_example_has_the_logits_that_it_has_alone(precision, each_attention):
-    model = tiny_model(n_vocab=320)
+def test_packed_example_has_the_logits_that_it_has_alone(precision, form):
+    model = form(tiny_model(n_vocab=320))
     with precision.autocast():
         packed = model(ROWS, segments=SEGMENTS)
         for row, at in examples():
@@ -108,8 +108,8 @@ def test_packed_example_has_the_logits_that_it_has_alone(precision, each_attenti
 
 @each_precision
 def test_packed_examples_have_the_summed_loss_and_gradients_of_each_alone(
-        precision, each_attention):
-    model, random = tiny_model(), torch.Generator().manual_seed(1)
+        precision, form):
+    model, random = form(tiny_model()), torch.Generator().manual_seed(1)
     targets = torch.randint(0, 261, (3, 10), generator=random).masked_fill(~REAL, -100)
     weights = torch.rand(3, 10, generator=random)
     want_loss = 0.0
@@ -136,8 +136,8 @@ def test_without_segments_the_examples_of_a_row_see_each_other():
     torch.testing.assert_close(isolated[0, :3], joined[0, :3], atol=1e-5, rtol=0)
 
 
-def test_ids_in_the_padding_change_no_logits_outside_it(each_attention):
-    model = tiny_model(n_vocab=320)
+def test_ids_in_the_padding_change_no_logits_outside_it(form):
+    model = form(tiny_model(n_vocab=320))
     other = ROWS.masked_fill(~REAL, 7)
     assert not torch.equal(other, ROWS)
     a, b = model(ROWS, segments=SEGMENTS), model(other, segments=SEGMENTS)
@@ -148,18 +148,18 @@ def test_ids_in_the_padding_change_no_logits_outside_it(each_attention):
 # ----- the loss ----------------------------------------------------------------------------------
 
 
-def test_loss_of_two_ids_by_hand():
+def test_loss_of_two_ids_by_hand(form):
     """With two ids, nll = ln(1 + e^-lead), the lead of the target's logit over the other one's."""
-    model = GPT(GPTConfig(block_size=4, vocab_size=2, n_layer=1, n_head=1, n_embd=1))
+    model = form(GPT(GPTConfig(block_size=4, vocab_size=2, n_layer=1, n_head=1, n_embd=1)))
     with torch.no_grad():
         model.lm_head.weight.copy_(torch.tensor([[3.0], [1.0]]))
     x = torch.tensor([[[1.0], [2.0], [5.0]]])  # logits (3, 1), (6, 2), (15, 5)
     targets, weights = torch.tensor([[0, 1, -100]]), torch.tensor([[1.0, 0.5, 9.0]])
     # the first target leads by 2, the second one trails by 4, the third one does not count
     want = 1.0 * math.log(1 + math.exp(-2)) + 0.5 * math.log(1 + math.exp(4))
-    assert model.loss_sum(x, targets, weights).item() == pytest.approx(want, rel=1e-6)
+    assert model.nll_sum(x, targets, weights).item() == pytest.approx(want, rel=1e-6)
     want = math.log(1 + math.exp(-2)) + math.log(1 + math.exp(4))
-    assert model.loss_sum(x, targets).item() == pytest.approx(want, rel=1e-6)
+    assert model.nll_sum(x, targets).item() == pytest.approx(want, rel=1e-6)
 
 
 def test_weight_of_an_ignored_target_changes_nothing():

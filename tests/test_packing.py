@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import example, given, strategies as st
 
-from nanosft.cli import UserError
+from nanosft.errors import UserError
 from packing import LAYOUTS, nearest_subset, pack_lengths, plan_rows
 
 WHOLE = ("fit", "pad", "bucket")  # the layouts that never cut an example
@@ -42,6 +42,7 @@ def tokens_of(rows: list) -> list[list[tuple[int, int]]]:
 # ----- by hand -----------------------------------------------------------------------------------
 
 
+@pytest.mark.teach
 def test_four_layouts_of_three_examples():
     """Examples aaaaa, bbb, cc and T = 5: a row holds six ids, of which the model reads five."""
     lengths = [5, 3, 2]

@@ -194,7 +194,7 @@ def test_models_that_do_not_belong_together(models, refused, tmp_path):
     save_tiny_model(tmp_path / "long", block_size=64)
     save_tiny_model(tmp_path / "pretrained/step_000010", template=None)
     tiny_model().save_pretrained(tmp_path / "gpt2", encoding="gpt2")
-    assert "block_size is 32, but the base has 64" in refused("--models", "long", run)
+    assert "block_size is 32, but the base model has 64" in refused("--models", "long", run)
     assert "has no template, so it is not fine-tuned" in refused("--models", base, "pretrained")
     assert "the encoding is gpt2, but the page reads bytes" in refused("--models", "gpt2", run)
 
@@ -292,7 +292,7 @@ def test_checker_notices_a_wrong_forward_pass(models, page):
 
 @needs_browser
 def test_page_in_a_window_of_a_phone(models, page):
-    """The address, hostile text, questions without an answer, the slider and the keyboard."""
+    """The address, hostile text, questions without an answer, the slider, and the keyboard."""
     path = page(models(block_size=64))
     focus = "frame.contentWindow.focus(); all('#sft .written .token')[1].focus()"
     right = "press('#sft .written .token:focus', 'ArrowRight')"

@@ -12,8 +12,9 @@ import pytest
 import tyro
 from helpers_training import quietly
 
-from data import reasoning
+from data import reasoning, worksheet
 from data.reasoning import Config
+from nanosft.cli import bounds_of
 from tokenizer import get_encoding, render
 from tools import reasoning as tool
 from tools.reasoning import Variant, all_variants, judge_steps, table
@@ -113,6 +114,20 @@ def test_more_questions_than_half_of_all_are_one_line_and_exit_code_2(tmp_path, 
     assert result.code == 2 and result.err.startswith("error: --addends 2 makes 90 different")
 
 
+@pytest.mark.parametrize("module, flags", [
+    (worksheet, ["--out", "new"]), (reasoning, ["--out", "new"]), (tool, [])])
+def test_numbers_out_of_bounds_are_one_line_and_exit_code_2(module, flags, command, monkeypatch,
+                                                            tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for flag, bounds in bounds_of(module.Config).items():
+        for value in (0, -1) if bounds.get("ge") != 0 else (-1,):
+            if bounds:
+                result = command(module, *flags, f"--{flag}", value)
+                assert (result.code, result.err.count("\n")) == (2, 1), (flag, value)
+                assert f"--{flag} " in result.err and "must be" in result.err
+    assert not list(tmp_path.iterdir())
+
+
 # ----- the script --------------------------------------------------------------------------------
 
 TINY = {
@@ -143,7 +158,7 @@ def test_tiny_run_of_the_script_writes_table_results_and_plot(finished):
     assert (out / "reasoning.png").read_bytes()[:4] == b"\x89PNG"
     lines = (out / "table.md").read_text().splitlines()
     assert [line.split(" | ")[0] for line in lines[2:]] == [
-        "| none (base model)", "| correct, 4", "| correct, all", "| 30 % wrong, all"]
+        "| none (base model)", "| correct, 4", "| correct, all", "| 30% wrong, all"]
     assert all(line in printed for line in lines)
     results = json.loads((out / "results.json").read_text())
     assert len(results) == 2 + 2 * 3 and all(row["rows"] == 3 for row in results)

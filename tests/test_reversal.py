@@ -98,7 +98,7 @@ def test_likeness_is_1_for_equal_embeddings_and_about_0_for_random_ones():
 
 def test_the_forwards_of_the_causes():
     model, batch = make_model(TINY, 1), make_batch(row_of("to"), 4, 1.0)
-    plain, half, expected = (forward(model, batch.x, batch.y, batch.weights)[0]
+    plain, half, expected = (forward(model, batch.x, batch.y, batch.weights)
                              for forward in (forward_sft, forward_half, forward_expected))
     assert torch.allclose(half * 2, plain)
     # over all words of two letters the mean of the drawn letters' losses is the expected loss
@@ -107,7 +107,7 @@ def test_the_forwards_of_the_causes():
     by_hand += sum(nll[t, batch.y[0, t]] for t in range(2, 6))
     assert torch.allclose(expected, by_hand)
     masked = make_batch(row_of("to"), 4, 0.0)
-    same = [forward(model, *masked[:3])[0] for forward in (forward_sft, forward_expected)]
+    same = [forward(model, *masked[:3]) for forward in (forward_sft, forward_expected)]
     assert torch.allclose(*same)  # nothing of the answer is changed
 
 

@@ -6,20 +6,32 @@ trained.
 """
 
 import doctest
+import hashlib
 import json
 import random
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers_training import tiny_model
 from hypothesis import given, settings, strategies as st
 
 import sft_data
-from nanosft.cli import UserError
+import train_sft
+from nanosft.errors import UserError
 from nanosft.forms import messages_of
 from packing import LAYOUTS
-from sft_data import SFTDataset, create_labels, iterate_batches, tokenize_prompt_and_output
+from sft_data import (
+    SFTDataset,
+    create_labels,
+    iterate_batches,
+    plan_rows,
+    tokenize_prompt_and_output,
+)
 from tokenizer import get_encoding, render, render_text
 
 EOT, SYSTEM, USER, ASSISTANT, END = range(256, 261)  # in the bytes encoding
@@ -116,7 +128,7 @@ def test_meta_json_describes_the_folder(sft_shards):
     meta = json.loads(Path(folder, "meta.json").read_text())
     del meta["source"], meta["splits"]["train"]["files"]  # as in test_fineweb.py
     assert meta == {
-        "version": 1, "kind": "sft", "encoding": "bytes", "vocab_size": 261, "template": "chat",
+        "version": 2, "kind": "sft", "encoding": "bytes", "vocab_size": 261, "template": "chat",
         "train_on": "last_turn",
         "splits": {"train": {"examples": 2, "tokens": 14, "trained_tokens": 5, "shards": 1}},
     }
@@ -128,10 +140,12 @@ def test_skipped_rows_are_left_out_and_the_others_keep_their_order(sft_shards):
     assert texts_in(folder) == texts_in(sft_shards([qa("a"), qa("c")], name="good"))
 
 
-def test_max_examples_takes_the_first_ones(sft_shards):
+def test_max_examples_takes_the_first_ones_of_each_source_list(sft_shards, jsonl):
     rows = [qa(str(i)) for i in range(9)]
-    folder = sft_shards(rows, "--max_examples", 3)
+    val = jsonl("val.jsonl", rows[5:])
+    folder = sft_shards(rows, "--max_examples", 3, "--val_source", val)
     assert texts_in(folder) == texts_in(sft_shards(rows[:3], name="three"))
+    assert texts_in(folder, "val") == texts_in(sft_shards(rows[5:8], name="val"))
 
 
 # ----- the validation split ----------------------------------------------------------------------
@@ -225,6 +239,7 @@ def test_a_padded_row_by_hand(sft_shards):
     assert types == [torch.int64, torch.int64, torch.float32, torch.int64]
 
 
+@pytest.mark.teach
 def test_a_packed_row_by_hand(sft_shards):
     """Two examples of two ids: "a" and "b", each trained with its <|endoftext|>."""
     data = sft_shards([{"text": "a"}, {"text": "b"}])
@@ -301,6 +316,57 @@ def test_loss_on_all_keeps_answers_of_weight_0_as_context(sft_shards, layout):
     assert labels == [97, END, ASSISTANT, USER, 101, END, ASSISTANT, 102, END, EOT, EOT]
 
 
+KEPT = ("user", "a"), ("assistant", "bb", 0), ("user", "c"), ("assistant", "d")
+
+
+@pytest.mark.parametrize("template, row, response, everything", [
+    # d and its <|end|>; of the 13 targets all but bb and its <|end|>
+    ("chat", chat(*KEPT), 2, 10),
+    ("raw", chat(*KEPT), 2, 3),  # a bb c d <|endoftext|>: all but bb, and nothing predicts a
+    ("alpaca", chat(("user", "a"), ("assistant", "bb", 0)), 0, 139),  # 140 bytes before bb
+])
+def test_tokens_in_the_loss_leave_out_an_answer_of_weight_0(sft_shards, template, row, response,
+                                                           everything):
+    data = sft_shards([row, {"text": "z"}], "--template", template)
+    split = json.loads(Path(data, "meta.json").read_text())["splits"]["train"]
+    assert split["trained_tokens"] == response + 2  # z and its <|endoftext|>
+    for loss_on, n in (("response", response), ("all", everything)):
+        rows = all_rows(SFTDataset(data, "train", 200, "pad", seed=None, loss_on=loss_on))
+        assert sum(int((row["labels"] >= 0).sum()) for row in rows) == n + 1  # nothing predicts z
+
+
+@pytest.mark.parametrize("template", ["chat", "raw"])
+def test_last_turn_makes_shards_as_if_the_earlier_answers_had_weight_0(sft_shards, template):
+    earlier = chat(("user", "a"), ("assistant", "bb", 1), *KEPT[2:])
+    last = sft_shards([earlier], "--template", template, "--train_on", "last_turn", name="last")
+    kept = sft_shards([chat(*KEPT)], "--template", template, name="kept")
+    assert examples_in(last) == examples_in(kept)
+
+
+def as_version_1(folder: str) -> str:
+    """Change a folder to what the first version wrote: 0 where an answer is context."""
+    meta = json.loads(Path(folder, "meta.json").read_text()) | {"version": 1}
+    for split in meta["splits"].values():
+        for shard in split["files"]:
+            path = Path(folder, shard["file"])
+            ids, weights = np.load(path)
+            np.save(path, np.stack([ids, np.where(weights > 100, 0, weights)]))
+            shard["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    Path(folder, "meta.json").write_text(json.dumps(meta))
+    Path(folder, "SHA256SUMS").unlink()
+    return folder
+
+
+def test_chats_of_version_1_are_read_but_not_with_loss_on_all(sft_shards):
+    new, old = sft_shards([chat(*KEPT)], name="new"), sft_shards([chat(*KEPT)], name="old")
+    as_version_1(old)
+    assert examples_in(new)[0][1].count(65535) == 3 and examples_in(old)[0][1].count(65535) == 0
+    a, b = (SFTDataset(data, "train", 16, "pad") for data in (new, old))
+    assert lists(a[0]) == lists(b[0]) and a.prompts(1) == b.prompts(1)
+    with pytest.raises(UserError, match=r"--data .*old is of format version 1.*make the data"):
+        SFTDataset(old, "train", 16, "pad", loss_on="all")
+
+
 def test_padding_is_not_trained_although_its_id_is_a_real_endoftext(sft_shards):
     """In `raw` the real <|endoftext|> is a target; the padding after it has the same id."""
     data = sft_shards([qa()], "--template", "raw")
@@ -333,6 +399,17 @@ def test_every_layout_trains_the_same_targets(sft_shards, layout, loss_on):
     assert sorted(labels[labels >= 0].tolist()) == sorted(expected)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_rows_are_those_of_plan_rows(sft_shards, layout):
+    data = sft_shards([qa("Q" * (i % 9)) for i in range(30)])
+    dataset = SFTDataset(data, "train", 16, layout, seed=5, epoch=2, rows_per_step=4)
+    plan = plan_rows(dataset.lengths, 16, layout, seed=5, epoch=2, rows_per_step=4)
+    assert len(dataset) == len(plan)
+    for i, pieces in enumerate(plan):
+        assert dataset.tokens(i)[3].tolist() == [number for number, start, stop in pieces
+                                                 for _ in range(start, stop)]
+
+
 def test_drop_last_drops_the_short_last_row_of_a_stream(sft_shards):
     data = sft_shards([{"text": "abcde"}, {"text": "fgh"}])  # ten ids
     assert len(SFTDataset(data, "train", 4, "stream")) == 3
@@ -344,7 +421,7 @@ def test_each_epoch_has_its_own_order_and_as_many_rows(sft_shards):
     data = sft_shards([qa(str(i)) for i in range(30)])
     dataset = SFTDataset(data, "train", 16, "fit", seed=0)
     first = list(map(lists, all_rows(dataset)))
-    dataset.epoch = 1
+    dataset.set_epoch(1)
     second = list(map(lists, all_rows(dataset)))
     assert first != second
     assert len(first) == len(second)
@@ -401,8 +478,9 @@ def test_overlong_drop_leaves_examples_out_and_error_refuses(sft_shards):
     data = sft_shards([{"text": "abcdef"}, {"text": "a"}])
     dropped = SFTDataset(data, "train", 3, "fit", overlong="drop")
     assert (dropped.n_truncated, dropped.n_dropped, len(dropped)) == (0, 1, 1)
-    with pytest.raises(UserError, match=r"example 0 .* has 7 tokens, but a row takes 4"):
-        SFTDataset(data, "train", 3, "fit", overlong="error")
+    for examples in (None, [1, 0]):  # it is named by its number in the data
+        with pytest.raises(UserError, match=r"example 0 .* has 7 tokens, but a row takes 4"):
+            SFTDataset(data, "train", 3, "fit", overlong="error", examples=examples)
     assert SFTDataset(data, "train", 6, "fit", overlong="error").n_truncated == 0  # 7 = T + 1
 
 
@@ -417,23 +495,18 @@ def test_split_whose_examples_are_all_dropped_is_refused(sft_shards):
         SFTDataset(sft_shards([qa()]), "train", 3, "fit")
 
 
-@pytest.mark.parametrize("examples, indices", [
+@pytest.mark.parametrize("examples, numbers", [
     (None, [0, 2, 3]), (range(3), [0, 2]), (range(99), [0, 2, 3]), ([3, 0, 1], [3, 0])])
-def test_indices_of_the_examples_are_those_in_the_data(sft_shards, examples, indices):
-    """Texts a, bbbbb, c, d: T = 3 drops index 1, and `examples` picks by index, in its order."""
+def test_examples_keep_their_numbers_in_the_data(sft_shards, examples, numbers):
+    """Texts a, bbbbb, c, d: T = 3 drops number 1, and `examples` picks by number, in its order."""
     data = sft_shards([{"text": "a"}, {"text": "b" * 5}, {"text": "c"}, {"text": "d"}])
     dataset = SFTDataset(data, "train", 3, "pad", seed=None, overlong="drop", examples=examples)
-    assert dataset.indices.tolist() == indices
-    assert dataset.n_dropped == 1 and len(dataset) == len(indices)
-    for i, index in enumerate(indices):
+    assert dataset.numbers.tolist() == numbers
+    assert dataset.n_dropped == 1 and len(dataset) == len(numbers)
+    for i, number in enumerate(numbers):
         ids, _, _, of_the_ids = dataset.tokens(i).tolist()
-        assert (ids, of_the_ids) == ([ord("abcd"[index]), EOT], [index, index])
-
-
-def test_error_names_the_examples_number_in_the_data(sft_shards):
-    data = sft_shards([{"text": "a"}, {"text": "b"}, {"text": "c" * 5}])
-    with pytest.raises(UserError, match=r"example 2 .* has 6 tokens, but a row takes 4"):
-        SFTDataset(data, "train", 3, "fit", overlong="error", examples=[2, 0])
+        assert (ids, of_the_ids) == ([ord("abcd"[number]), EOT], [number, number])
+        assert dataset.name_of(i, 0) == f"example {number}"
 
 
 def test_unknown_names_are_refused(sft_shards):
@@ -443,7 +516,7 @@ def test_unknown_names_are_refused(sft_shards):
     with pytest.raises(UserError, match="unknown overlong 'cut'"):
         SFTDataset(data, "train", 8, overlong="cut")
     with pytest.raises(UserError, match="unknown layout 'tetris'"):
-        len(SFTDataset(data, "train", 8, "tetris"))
+        SFTDataset(data, "train", 8, "tetris")
     with pytest.raises(UserError, match=r"has no test split, only \['train'\]"):
         SFTDataset(data, "test", 8)
     with pytest.raises(IndexError):
@@ -479,6 +552,20 @@ def test_reference_is_the_first_answer_with_a_weight(sft_shards):
     later = ("user", "e"), ("assistant", "f")
     assert prompts_as_text(sft_shards([chat(*turns, *later)])) == [
         ("<|user|>a<|end|><|assistant|>bb<|end|><|user|>c<|end|><|assistant|>", "dd")]
+
+
+def test_reference_of_a_raw_chat_ends_where_the_next_question_begins(sft_shards):
+    """No token marks the border in `raw`, and an answer kept as context belongs to the prompt."""
+    turns = ("user", "a"), ("assistant", "bb"), ("user", "c"), ("assistant", "d")
+    data = sft_shards([chat(*turns), chat(*KEPT)], "--template", "raw")
+    assert prompts_as_text(data) == [("a", "bb"), ("abbc", "d")]
+
+
+def test_prompts_of_truncated_examples_are_whole(sft_shards):
+    """T = 5 cuts the example after six ids, but the model is asked the whole question."""
+    dataset = SFTDataset(sft_shards([qa("Q", "ABCD")]), "train", 5, "fit", loss_on="all")
+    assert dataset.n_truncated == 1
+    assert dataset.prompts(1) == [([USER, 81, END, ASSISTANT], [65, 66, 67, 68])]
 
 
 def test_text_rows_have_no_prompt(sft_shards):
@@ -556,7 +643,7 @@ def test_batches_leave_the_global_random_state_alone(sft_shards, shuffle):
     dataset = SFTDataset(sft_shards([qa(str(i)) for i in range(5)]), "train", 8, "pad")
     torch.manual_seed(7)  # a state that no fixed seed of the code would produce
     states = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
-    dataset.epoch = 1
+    dataset.set_epoch(1)
     list(iterate_batches(dataset, 2, shuffle))
     assert torch.equal(torch.get_rng_state(), states[0])
     assert np.random.get_state()[1].tolist() == states[1]
@@ -578,7 +665,7 @@ def test_report_counts_rows_and_tokens_and_what_each_layout_makes_of_them(tmp_pa
     assert lines[0] == "read 6 rows: 5 kept, 1 rejected"
     assert lines[1].startswith(f"rejected {source} line 3: ")
     # trained: A and its <|end|> four times, ABCDEF and its <|end|> once: 15 of 40
-    assert lines[2] == "train 5 examples 40 tokens 37.5% trained 1 shard(s)"
+    assert lines[2] == "train 5 examples 40 tokens 37.5% in the loss 1 shard(s)"
     assert lines[3] == "length p0 7 p10 7 p50 7 p90 10 p99 12 p100 12"
     assert lines[4:10] == [
         "rows of --block_size 8:",
@@ -590,7 +677,7 @@ def test_report_counts_rows_and_tokens_and_what_each_layout_makes_of_them(tmp_pa
     ]
 
 
-def test_report_names_sources_unused_text_copies_and_why_rows_were_rejected(tmp_path, jsonl,
+def test_report_names_sources_unused_text_duplicates_and_why_rows_were_rejected(tmp_path, jsonl,
                                                                             command):
     """a.jsonl is read twice; each time one row is left out, three are bad, one is repaired."""
     bad = [qa("x", ""), {"messages": [{"role": "bob", "content": "b"}]}, qa("y", "")]
@@ -612,10 +699,17 @@ def test_report_names_sources_unused_text_copies_and_why_rows_were_rejected(tmp_
         "rejected 2 x message N has role …",
         f"4 kept of {a}", f"2 kept of {val}", f"1 kept of {b}",
         "not used (rows with text there): note 2, id 0",
-        "copies: 2 examples repeat an earlier one, 1 validation prompts occur in training",
+        "duplicates: 2 examples repeat an earlier one, 1 validation prompts occur in training",
         "left out by --where: 2",
         "turns merged: 2",
     ]
+
+
+def test_same_text_with_another_weight_is_no_duplicate(tmp_path, jsonl, command):
+    rows = [chat(("user", "Q"), ("assistant", "A", weight)) for weight in (0.5, 1, 0.25)]
+    printed = command(sft_data, "--source", jsonl("a.jsonl", rows), "--encoding", "bytes",
+                      "--val_fraction", 0, "--workers", 1, "--out", tmp_path / "sft").out
+    assert "train" in printed and "duplicates" not in printed
 
 
 def test_max_examples_128_is_a_subset_of_256_with_a_validation_split(sft_shards):
@@ -640,6 +734,9 @@ def test_flags_of_the_rows_that_cannot_be_are_one_line(jsonl, command, tmp_path)
     result = command(sft_data, "--source", source, "--val_source", source, "--out", tmp_path / "o")
     assert (result.code, result.err.count("\n")) == (2, 1)
     assert f"--val_source {source} is --source {source}" in result.err
+    result = command(sft_data, "--source", "me/mine", "--val_source", "me/mine:de", "--subset",
+                     "de", "--out", tmp_path / "o")
+    assert "--val_source me/mine:de is --source me/mine:" in result.err
     for flags in (["--columns", "x=q"], ["--columns", "q"], ["--where", "q"], ["--where", "q=1"]):
         flags += ["--encoding", "bytes", "--out", tmp_path / "o"]
         result = command(sft_data, "--source", source, *flags)
@@ -651,3 +748,42 @@ def test_flags_of_the_rows_that_cannot_be_are_one_line(jsonl, command, tmp_path)
 def test_shards_are_kept_if_the_report_finds_no_example_that_fits_a_row(sft_shards):
     data = sft_shards([qa()], "--block_size", 2)
     assert len(SFTDataset(data, "train", 8)) == 1
+
+
+# ----- the next command --------------------------------------------------------------------------
+
+TINY = ["--device", "cpu", "--max_steps", 1, "--block_size", 16, "--batch_size", 2,
+        "--rows_per_step", 2, "--eval_prompts", 0]
+
+
+def next_line(printed: str) -> str:
+    return next(line for line in printed.splitlines() if line.startswith("next: ")).removeprefix(
+        "next: ")
+
+
+def test_next_command_for_bytes_runs_as_printed(tmp_path, jsonl, command, monkeypatch):
+    """In a shell, with torchrun; the folder's name needs quotes."""
+    monkeypatch.chdir(tmp_path)
+    result = command(sft_data, "--source", jsonl("a.jsonl", [qa()] * 9), "--encoding", "bytes",
+                     "--val_fraction", 0, "--workers", 1, "--out", "my data; exit 3")
+    assert "--init out/base" in result.out.splitlines()[-1]
+    Path("train_sft.py").symlink_to(Path(sft_data.__file__).with_name("train_sft.py"))
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=":")
+    sizes = ["--n_layer", 1, "--n_head", 1, "--n_embd", 8]
+    line = " ".join([next_line(result.out), *map(str, [*TINY, *sizes])])
+    done = subprocess.run(line, shell=True, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr
+    assert Path("out/sft/step_000001").is_dir()
+
+
+def test_next_command_for_gpt2_runs_with_a_model_of_that_name(tmp_path, jsonl, command, gpt2,
+                                                             monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny_model(vocab_size=50304, n_vocab=50257, n_embd=8).save_pretrained("gpt2")
+    result = command(sft_data, "--source", jsonl("a.jsonl", [qa()] * 9), "--val_fraction", 0,
+                     "--workers", 1, "--out", "data/sft")
+    words = shlex.split(next_line(result.out))
+    flags = words[words.index("train_sft.py") + 1 :]
+    assert flags[flags.index("--init") + 1] == "gpt2"
+    assert command(train_sft, *flags, *TINY).code == 0
+    assert Path("out/sft/step_000001").is_dir()

@@ -1,14 +1,24 @@
 """The shard format: how tokens are divided into files, read back as one array, and verified."""
 
 import itertools
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from nanosft import shards as shards_module
-from nanosft.cli import UserError
-from nanosft.shards import Shards, ShardWriter, find_examples, new_folder, sha256_of, write_meta
+from nanosft.errors import UserError
+from nanosft.shards import (
+    Shards,
+    ShardWriter,
+    find_examples,
+    new_folder,
+    read_meta,
+    sha256_of,
+    write_meta,
+    write_sums,
+)
 
 EOT = 256
 
@@ -18,7 +28,8 @@ def write_shards(folder: Path, kind: str, shard_tokens: int, pieces: list[np.nda
     writer = ShardWriter(folder, "train", shard_tokens)
     for piece in pieces:
         writer.add(piece.astype(np.uint16))
-    write_meta(folder, {"kind": kind, "splits": {"train": writer.finish()}})
+    write_meta(folder, {"kind": kind, "encoding": "bytes", "vocab_size": 261,
+                        "splits": {"train": writer.finish()}})
     return str(folder)
 
 
@@ -69,6 +80,23 @@ def test_interrupt_leaves_nothing_behind(tmp_path):
 
 
 # ----- reading -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind, version, reads", [
+    ("text", 1, True), ("text", 2, False), ("text", None, False),
+    ("sft", 1, True), ("sft", 2, True), ("sft", 3, False), ("sft", [2], False)])
+def test_versions_that_are_read(kind, version, reads, tmp_path):
+    """Chat folders have version 2; those of version 1 know no weight of 65535."""
+    folder = write_shards(tmp_path, kind, 9, [np.ones((2, 3) if kind == "sft" else 3)])
+    assert read_meta(folder, kind)["version"] == (2 if kind == "sft" else 1)
+    meta = json.loads((tmp_path / "meta.json").read_text()) | {"version": version}
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    write_sums(tmp_path, [tmp_path / "meta.json"])
+    if reads:
+        assert read_meta(folder, kind)["version"] == version
+    else:
+        with pytest.raises(UserError, match=r"meta\.json: format version .*, expected [12]; make"):
+            read_meta(folder, kind)
 
 
 @pytest.mark.parametrize("kind, shape", [("text", (8,)), ("sft", (2, 8))])

@@ -1,16 +1,31 @@
 """Which ids a conversation becomes, and which of them are trained."""
 
 import doctest
+import subprocess
+import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import tiktoken
 from hypothesis import example, given, strategies as st
 
 import tokenizer
-from nanosft.cli import UserError
+from nanosft.errors import UserError
 from sft_data import create_labels
-from tokenizer import SPECIALS, get_encoding, render, render_prompt, render_text, stop_ids
+from tokenizer import (
+    KEPT_ANSWER,
+    SPECIALS,
+    get_encoding,
+    render,
+    render_example,
+    render_prompt,
+    render_text,
+    stop_ids,
+    weights_in_effect,
+)
 
+ROOT = Path(__file__).parents[1]
 EOT, SYSTEM, USER, ASSISTANT, END = range(256, 261)  # in the bytes encoding
 # Text as users type it: any character, lone surrogates too (JSON can hold them), and our markers.
 CLEAN_TEXT = st.lists(st.text() | st.sampled_from(SPECIALS)).map("".join)  # what UTF-8 can hold
@@ -35,7 +50,12 @@ def specials_in(encoding, ids: list[int]) -> list[int]:
 
 
 def test_docstring_examples_are_right():
-    assert doctest.testmod(tokenizer) == (0, 3)
+    assert doctest.testmod(tokenizer) == (0, 4)
+
+
+def test_chats_are_rendered_and_rows_are_planned_without_loading_torch():
+    code = "import sys, tokenizer, packing, fineweb; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 0
 
 
 # ----- encodings ---------------------------------------------------------------------------------
@@ -105,12 +125,14 @@ def test_typed_end_marker_is_seven_bytes(bytes_encoding):
 # ----- the chat template, by hand ----------------------------------------------------------------
 
 
+@pytest.mark.teach
 def test_chat_trains_the_answer_and_its_end_and_nothing_else(bytes_encoding):
     ids, weights = render(bytes_encoding, [user("Q"), assistant("A")])
     assert ids == [USER, 81, END, ASSISTANT, 65, END, EOT]
     assert weights == [0, 0, 0, 0, 100, 100, 0]
 
 
+@pytest.mark.teach
 def test_last_prompt_position_predicts_the_first_answer_token(bytes_encoding):
     """P = 4 prompt ids, so P - 1 = 3 is the first column with a label. One off in either direction
     would train the model to say <|assistant|>, or never to begin its answer."""
@@ -133,6 +155,10 @@ def test_all_turns_trains_every_answer_and_last_turn_only_the_last(bytes_encodin
     assert last_ids == ids  # the first answer is still context
     assert last_weights == [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 100, 100, 0]
     assert messages[1] == assistant("b")  # the caller's messages are not changed
+    weighted = [user("a"), assistant("b", weight=1), *messages[2:]]  # an earlier weight of its own
+    assert render(bytes_encoding, weighted, train_on="last_turn")[1] == last_weights
+    raw = render(bytes_encoding, weighted, "raw", "last_turn")
+    assert raw == ([97, 98, 99, 100, EOT], [0, 0, 0, 100, 100])
 
 
 def test_system_message_comes_first_and_is_not_trained(bytes_encoding):
@@ -156,9 +182,38 @@ def test_weight_outside_0_to_1_is_refused(bytes_encoding, weight):
         render(bytes_encoding, [user("Q"), assistant("A", weight=weight)])
 
 
-def test_weight_0_keeps_an_answer_as_context(bytes_encoding):
-    messages = [user("a"), assistant("b", weight=0), user("c"), assistant("d", weight=0.5)]
-    assert render(bytes_encoding, messages)[1] == [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 50, 50, 0]
+K = KEPT_ANSWER
+
+
+@pytest.mark.parametrize("template, first, last, stored, on_all", [
+    # the end token of an answer has its weight: <|end|> in a chat, else the last <|endoftext|>
+    ("chat", 0, 0.5, [0, 0, 0, 0, K, K, 0, 0, 0, 0, 50, 50, 0], [*[1] * 4, 0, 0, *[1] * 7]),
+    ("chat", 0.5, 0, [0, 0, 0, 0, 50, 50, 0, 0, 0, 0, K, K, 0], [*[1] * 10, 0, 0, 1]),
+    ("raw", 0, 0.5, [0, K, 0, 50, 50], [1, 0, 1, 1, 1]),
+    ("raw", 0.5, 0, [0, 50, 0, K, K], [1, 1, 1, 0, 0]),
+    ("alpaca", None, 0.5, [*[0] * 140, 50, 50], [1] * 142),
+    ("alpaca", None, 0, [*[0] * 140, K, K], [*[1] * 140, 0, 0]),
+])
+def test_answer_of_weight_0_is_stored_as_context_for_any_loss_on(bytes_encoding, template, first,
+                                                                 last, stored, on_all):
+    """Two turns of one byte each, a b c d; in alpaca the second one alone."""
+    messages = [user("a"), assistant("b", weight=first), user("c"), assistant("d", weight=last)]
+    messages = messages[2:] if template == "alpaca" else messages
+    ids, found = render_example(bytes_encoding, messages, template, "all_turns")
+    assert found == stored
+    response = [0 if weight == K else weight for weight in stored]
+    assert render(bytes_encoding, messages, template) == (ids, response)
+    assert weights_in_effect(np.array(stored), "response").tolist() == response
+    assert weights_in_effect(np.array(stored), "all").tolist() == [100 * on for on in on_all]
+
+
+def test_last_turn_stores_earlier_answers_as_those_of_weight_0(bytes_encoding):
+    kept = [user("a"), assistant("b", weight=0), user("c"), assistant("d")]
+    for weight in ({}, {"weight": 1}, {"weight": 0.5}):
+        messages = [user("a"), assistant("b", **weight), *kept[2:]]
+        for template in ("chat", "raw"):
+            assert (render_example(bytes_encoding, messages, template, "last_turn")
+                    == render_example(bytes_encoding, kept, template, "all_turns"))
 
 
 # ----- the other templates -----------------------------------------------------------------------

@@ -1,6 +1,5 @@
 """`sft_data.py --show`: the text and the page show exactly what the trainer's rows hold."""
 
-import doctest
 import io
 import json
 import re
@@ -13,8 +12,7 @@ import pytest
 import torch
 
 from model import GPT, IGNORE_INDEX, GPTConfig
-from nanosft import viewer
-from nanosft.cli import UserError
+from nanosft.errors import UserError
 from nanosft.viewer import PAGE, quoted, token_text
 from packing import LAYOUTS
 from sft_data import Config, SFTDataset, show
@@ -40,7 +38,7 @@ def many(sft_shards) -> str:
     return sft_shards([*rows, {"messages": weighted}, {"prompt": "h", "response": HOSTILE}])
 
 
-def config(data: str, **changes) -> Config:
+def config(data: str | None, **changes) -> Config:
     """seed None keeps the order of the data."""
     return Config(**{"data": data, "show": 1, "block_size": 20, "seed": None, **changes})
 
@@ -67,14 +65,10 @@ def shown(capsys):
 # ----- text --------------------------------------------------------------------------------------
 
 
-def test_docstring_examples_are_right():
-    assert doctest.testmod(viewer) == (0, 1)
-
-
 def test_each_position_of_a_row_is_one_line(pair, shown):
     """Positions restart at 0 with the second example; its first id is never a target."""
     lines = shown(pair)
-    assert lines[2] == "row 1 of 1: 2 examples, 16 tokens of 20, 6 trained targets"
+    assert lines[2] == "row 1 of 1: 2 examples, 16 tokens of 20, 6 targets in the loss"
     assert [line.rstrip("-") for line in lines[3:]] == [
         "column position example  input                target               weight  state",
         "--- example 0, 9 tokens ",
@@ -82,18 +76,18 @@ def test_each_position_of_a_row_is_one_line(pair, shown):
         "     1        1       0  'h'             104  ignored                  0%  context",
         "     2        2       0  'i'             105  ignored                  0%  context",
         "     3        3       0  <|end|>         260  ignored                  0%  context",
-        "     4        4       0  <|assistant|>   259  'y'             121    100%  trained",
-        "     5        5       0  'y'             121  'o'             111    100%  trained",
-        "     6        6       0  'o'             111  <|end|>         260    100%  trained",
+        "     4        4       0  <|assistant|>   259  'y'             121    100%  in loss",
+        "     5        5       0  'y'             121  'o'             111    100%  in loss",
+        "     6        6       0  'o'             111  <|end|>         260    100%  in loss",
         "     7        7       0  <|end|>         260  ignored                  0%  context",
         "     8        8       0  <|endoftext|>   256  ignored                  0%  context",
         "--- example 1, 8 tokens ",
         "     9        0       1  <|user|>        258  ignored                  0%  context",
         r"    10        1       1  '\n'             10  ignored                  0%  context",
         "    11        2       1  <|end|>         260  ignored                  0%  context",
-        r"    12        3       1  <|assistant|>   259  '\xc3'          195    100%  trained",
-        r"    13        4       1  '\xc3'          195  '\xa9'          169    100%  trained",
-        r"    14        5       1  '\xa9'          169  <|end|>         260    100%  trained",
+        r"    12        3       1  <|assistant|>   259  '\xc3'          195    100%  in loss",
+        r"    13        4       1  '\xc3'          195  '\xa9'          169    100%  in loss",
+        r"    14        5       1  '\xa9'          169  <|end|>         260    100%  in loss",
         "    15        6       1  <|end|>         260  ignored                  0%  context",
         "    16          padding  x 4",
     ]
@@ -101,7 +95,7 @@ def test_each_position_of_a_row_is_one_line(pair, shown):
 
 def test_without_isolation_positions_run_through_the_row(pair, shown):
     lines = shown(pair, isolate=False)
-    positions = [line.split()[1] for line in lines if line.endswith(("context", "trained"))]
+    positions = [line.split()[1] for line in lines if line.endswith(("context", "in loss"))]
     assert positions == [str(i) for i in range(16)]
 
 
@@ -118,6 +112,14 @@ def test_cut_example_says_which_part_is_shown(pair, shown):
 def test_example_after_a_dropped_one_keeps_its_number(sft_shards, shown):
     data = sft_shards([{"prompt": "x" * 20, "response": "y"}, {"prompt": "hi", "response": "yo"}])
     assert shown(data)[4].startswith("--- example 1, 9 tokens -")
+
+
+def test_validation_keeps_the_order_of_the_data_whatever_the_seed(sft_shards, shown, jsonl):
+    val = jsonl("val.jsonl", [{"prompt": "Q", "response": str(i)} for i in range(9)])
+    data = sft_shards([{"prompt": "Q", "response": "A"}], "--val_source", val)
+    lines = shown(data, split="val", layout="pad", show=9, seed=3)
+    numbers = [line.split()[2] for line in lines if line.startswith("--- example")]
+    assert numbers == [f"{i}," for i in range(9)]
 
 
 def test_show_more_rows_than_there_are_shows_all(pair, shown):
@@ -174,8 +176,8 @@ def test_model_predicts_each_packed_example_as_if_it_were_alone(pair, tmp_path, 
         ids = torch.from_numpy(dataset.tokens(example)[0][:n])
         alone += model(ids[None])[0, :, :261].argmax(1).tolist()
     expected = [quoted(get_encoding("bytes"), id) for id in alone]
-    assert [re.split("context|trained", line)[1].split()[0] for line in lines] == expected
-    verdicts = [line.split()[-1] for line in lines if "trained" in line]
+    assert [re.split("context|in loss", line)[1].split()[0] for line in lines] == expected
+    verdicts = [line.split()[-1] for line in lines if "in loss" in line]
     assert set(verdicts) <= {"right", "wrong"} and len(verdicts) == 6
 
 
@@ -264,14 +266,26 @@ def test_no_page_is_left_half_written(pair, page, tmp_path, monkeypatch):
 @pytest.mark.parametrize("changes, message", [
     ({"html": "nowhere/m.html"}, "the folder .*nowhere does not exist"),
     ({"html": "."}, "is a folder"),
-    ({"show": -1}, "--show -1"),
+    ({"data": None}, "--show needs --data"),
     ({"split": "val"}, "no val split"),
 ])
 def test_mistakes_of_a_user_are_one_line(pair, tmp_path, monkeypatch, changes, message):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=message) as error:
-        show(config(pair, **changes))
+        show(config(**{"data": pair} | changes))
     assert "\n" not in str(error.value)
+
+
+def test_page_of_version_1_data_does_not_offer_loss_on_all(pair, page):
+    """It cannot tell an answer kept as context from a prompt; what else it shows is right."""
+    new, meta = data_in(page(pair)), Path(pair, "meta.json")
+    meta.write_text(json.dumps(json.loads(meta.read_text()) | {"version": 1}))
+    Path(pair, "SHA256SUMS").unlink()
+    old = data_in(page(pair))
+    assert (new.pop("has_all"), old.pop("has_all")) == (True, False)
+    assert new == old
+    with pytest.raises(UserError, match="format version 1"):
+        page(pair, loss_on="all")
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium or google-chrome")
@@ -290,5 +304,5 @@ def test_browser_counts_what_python_counts(many, page, tmp_path, layout):
     assert f'data-layout="{layout}"' in main
     assert f'data-tokens="{len(tokens)}"' in main
     assert f'data-trained="{sum(token[5] > 0 for token in tokens)}"' in main
-    assert re.search(r"(\d+) of \1 targets trained \(100.0 %\)", dom)
+    assert re.search(r"(\d+) of \1 targets in the loss \(100.0%\)", dom)
     assert "<b>" not in re.search("<main.*</main>", dom, re.DOTALL)[0]

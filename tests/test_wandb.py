@@ -9,7 +9,7 @@ import time
 import pytest
 from helpers_training import fine_tune, metrics, random_examples, sft_folder
 
-from nanosft.cli import UserError
+from nanosft.errors import UserError
 
 
 def logged(file) -> list[dict]:

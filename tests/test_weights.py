@@ -8,7 +8,7 @@ from helpers_training import tiny_model
 from safetensors.torch import load_file, save_file
 
 from model import GPT
-from nanosft.cli import UserError
+from nanosft.errors import UserError
 
 IDX = torch.randint(0, 100, (3, 24), generator=torch.Generator().manual_seed(0))
 
@@ -184,7 +184,7 @@ def edited(key, value):
     (edited("n_positions", 48), r"wpe.weight has shape \(24, 32\), .*json says \(48, 32\)"),
     (edited("vocab_size", 60), r"wte.weight has shape \(100, 32\), .*json says \(64, 32\)"),
     (edited("n_layer", 3), "the weights have no h.2.ln_1.weight; is this a GPT-2"),
-    (lambda config: json.dumps({"model_type": "gpt2"}), "no 'n_layer'; is this a GPT-2"),
+    (lambda config: json.dumps({"model_type": "gpt2"}), "n_layer is None, not a size; is this a"),
     (lambda config: json.dumps([config]), "config.json: not a JSON object"),
     (lambda config: "{half a fi", "config.json: not a JSON object"),
 ])

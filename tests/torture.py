@@ -197,7 +197,7 @@ def full_disk(yard: Yard) -> str:
             log = yard.log(out).read_text()
             lines = [line for line in log.splitlines() if line.startswith("error: ")]
             check(len(lines) == 1 and str(out) in lines[0] and "Traceback" not in log, log[-300:])
-            check(not list(out.glob("tmp_*")), "a half-written checkpoint")
+            check(not list(out.glob("*.tmp")), "a half-written checkpoint")
             for old in checkpoints(out)[:-1]:
                 shutil.rmtree(old)
             check(n < STEPS, "the run does not go on")

@@ -19,8 +19,9 @@ from pathlib import Path
 
 import torch
 
-from nanosft.assistant import load_assistant
-from nanosft.cli import UserError, one_line, run_cli
+from answer import load_assistant
+from nanosft.cli import run_cli
+from nanosft.errors import UserError, one_line
 from nanosft.shards import Shards
 from tests.helpers_training import fine_tune, pretrain, random_examples, sft_folder, text_folder
 from train_gpt2 import TokenRows, load_checkpoint
@@ -108,7 +109,7 @@ READ = ("meta.json", "config.json", "model.safetensors", "training_state.pt", "S
 
 
 def one_round(folders: list[Path], before: dict, rng: random.Random) -> tuple[str, str, str]:
-    """(kind of file, outcome, what was done) of one damaged file, which is mended again."""
+    """(kind of file, outcome, what was done) of one damaged file, which is restored."""
     folder = rng.choice(folders)
     path = rng.choice([path for path in sorted(folder.iterdir())
                        if path.name in READ or path.suffix == ".npy"])

@@ -4,9 +4,9 @@
     bash runs/ablations.sh --experiment bugs    # mistakes that real projects shipped
 
 Each run starts from the base model of its seed's lesson, with the lesson's data and flags, in this
-process, which imports torch only once. Prints a markdown table: the mean over the seeds, the lowest
-and the highest where there are several, and one answer of the first seed. docs/bugs_that_shipped.md
-says who made each mistake. The mistakes exist only here, in what this file passes to `train`.
+process, which imports torch only once. Prints a markdown table: the mean over the seeds, the range
+where there are several, and one answer of the first seed. docs/bugs_that_shipped.md says who made
+each mistake. The mistakes exist only here, in what this file passes to `train`.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ from torch import Tensor
 
 import evaluate
 import train_sft
-from model import IGNORE_INDEX, isolated_mask
+from model import IGNORE_INDEX
 from nanosft.cli import run_cli
 from packing import LAYOUTS
 from sft_data import SFTDataset
@@ -46,6 +46,7 @@ class Config:
     experiment: Literal["lesson", "bugs"] = "lesson"
     """lesson: the flags of the lesson; bugs: mistakes that real projects shipped"""
     seeds: tuple[int, ...] = (1, 2, 3)
+    """of the finished lessons to use"""
     root: str = "out/ablations"
     """holds the lessons, lesson_SEED each; gets EXPERIMENT/ (replaced) and EXPERIMENT.md"""
 
@@ -83,8 +84,8 @@ def lesson_variants(lesson: train_sft.Config) -> list[Variant]:
     variants = [
         Variant("lesson (fit, isolated, response)"),
         Variant("loss on all tokens", {"loss_on": "all"}),
-        Variant("mask one too long (trains <|assistant|>)", rows=MaskTooLong),
-        Variant("mask one too short (first answer token untrained)", rows=MaskTooShort),
+        Variant("mask one too long (<|assistant|> is in the loss)", rows=MaskTooLong),
+        Variant("mask one too short (first answer token is not)", rows=MaskTooShort),
         Variant("fit, not isolated", {"isolate": False}),
         Variant("stream, not isolated", {"layout": "stream", "isolate": False}),
     ]
@@ -93,8 +94,8 @@ def lesson_variants(lesson: train_sft.Config) -> list[Variant]:
     once = {
         "learning rate x10": {"learning_rate": lr * 10},
         "learning rate /10": {"learning_rate": lr / 10},
-        "1 % of the examples": {"max_examples": max(1, round(n / 100))},
-        "10 % of the examples": {"max_examples": round(n / 10)},
+        "1% of the examples": {"max_examples": max(1, round(n / 100))},
+        "10% of the examples": {"max_examples": round(n / 10)},
         "no pretraining": {"init": "scratch", "n_layer": 3, "n_head": 4, "n_embd": 128},
     }
     return variants + [Variant(name, change, every_seed=False) for name, change in once.items()]
@@ -104,23 +105,23 @@ def lesson_variants(lesson: train_sft.Config) -> list[Variant]:
 
 
 class MaskTooLong(SFTDataset):
-    """Each trained span begins one token early."""
+    """Each supervised span begins one token early."""
 
     def tokens(self, i: int) -> np.ndarray:
-        row = super().tokens(i)
-        weights = row[1]  # a view
+        columns = super().tokens(i)
+        weights = columns[1]  # a view
         weights[:-1][(weights[1:] > 0) & (weights[:-1] == 0)] = 100
-        return row
+        return columns
 
 
 class MaskTooShort(SFTDataset):
-    """Each trained span begins one token late."""
+    """Each supervised span begins one token late."""
 
     def tokens(self, i: int) -> np.ndarray:
-        row = super().tokens(i)
-        weights = row[1]  # a view
+        columns = super().tokens(i)
+        weights = columns[1]  # a view
         weights[1:][(weights[1:] > 0) & (weights[:-1] == 0)] = 0
-        return row
+        return columns
 
 
 class ShiftedTwice(SFTDataset):
@@ -140,28 +141,29 @@ class EndIsPadding(SFTDataset):
     """Padding has the id of the end token and is masked by its id, not by its position."""
 
     def tokens(self, i: int) -> np.ndarray:
-        row = super().tokens(i)
-        row[1][row[0] == end_of(self)] = 0
-        return row
+        columns = super().tokens(i)
+        columns[1][columns[0] == end_of(self)] = 0
+        return columns
 
 
 class SearchedMarker(SFTDataset):
-    """Trains what follows the marker, encoded by itself; where it is not found, nothing."""
+    """Supervises what follows the marker, encoded by itself; if it is not found, nothing."""
 
     def marker(self) -> list[int]:
         return get_encoding(self.meta["encoding"]).encode_ordinary("<|assistant|>")
 
     def tokens(self, i: int) -> np.ndarray:
-        row, marker = super().tokens(i), self.marker()
-        ids, row[1] = row[0].tolist(), 0
-        for at in range(len(marker), len(ids)):
-            if ids[at - len(marker) : at] == marker:
-                row[1, at : ids.index(end_of(self), at) + 1] = 100
-        return row
+        columns, marker = super().tokens(i), self.marker()
+        ids, columns[1] = columns[0].tolist(), 0
+        for start in range(len(marker), len(ids)):
+            if ids[start - len(marker) : start] == marker:
+                columns[1, start : ids.index(end_of(self), start) + 1] = 100
+        return columns
 
 
 class MeanOfMeans(SFTDataset):
-    """Each micro-batch counts the same, however many tokens it trains: the mean of their means."""
+    """Each micro-batch counts the same, however many of its tokens are in the loss: the mean of
+    their means."""
 
     def collate(self, rows: list[dict[str, Tensor]]) -> dict:
         batch = super().collate(rows)
@@ -175,25 +177,23 @@ class RanksApart(SFTDataset):
     examples of an epoch twice, and some not at all."""
 
     def __init__(self, *args, seed: int, **kwargs):
-        super().__init__(*args, seed=seed, **kwargs)
         self.second = SFTDataset(*args, seed=seed + 1, **kwargs)
+        super().__init__(*args, seed=seed, **kwargs)
+
+    def set_epoch(self, epoch: int) -> None:
+        super().set_epoch(epoch)
+        self.second.set_epoch(epoch)
 
     def tokens(self, i: int) -> np.ndarray:
-        self.second.epoch = self.epoch
         is_second = i % self.rows_per_step >= self.rows_per_step // 2
         return self.second.tokens(i) if is_second else super().tokens(i)
 
 
 def forward_running_positions(model, x: Tensor, y: Tensor, weights: Tensor,
-                              segments: Tensor) -> tuple[Tensor, Tensor]:
+                              segments: Tensor) -> Tensor:
     """forward_sft, but positions run on through the row; only attention is isolated."""
-    layers = model.transformer
-    attend = functools.partial(F.scaled_dot_product_attention, attn_mask=isolated_mask(segments))
-    hidden = layers.wte(x) + layers.wpe(torch.arange(x.size(1)))  # (B, T, C)
-    for block in layers.h:
-        hidden = block(hidden, attend)
-    weight_sum = weights[y != IGNORE_INDEX].sum()
-    return model.loss_sum(layers.ln_f(hidden), y, weights), weight_sum
+    hidden = model.hidden(x, segments, positions=torch.arange(x.size(1)))  # (B, T, C)
+    return model.nll_sum(hidden, y, weights)
 
 
 def bug_variants(lesson: train_sft.Config) -> list[Variant]:
@@ -250,7 +250,7 @@ def run_variant(lesson: Path, seed: int, variant: Variant, out: Path) -> dict:
 
 
 def cell(values: list[float]) -> str:
-    """0.9, 1.0 -> '95 % (90 to 100)'."""
+    """0.9, 1.0 -> '95% (90% to 100%)'."""
     mean, low, high = np.mean(values), min(values), max(values)
     return f"{mean:.0%}" + (f" ({low:.0%} to {high:.0%})" if len(values) > 1 else "")
 

@@ -7,7 +7,7 @@
 Random examples with GSM8K's lengths; each line in its own process. `limit` is a share of
 - training: the measured rate of a matrix product, in FLOPs that the step needs (workload.flops).
   `MFU` is what others print: 6N + 12*L*C*T FLOPs for each token (PaLM, appendix B), over the data
-  sheet's rate if there is one. It counts work that nanosft skips, so SFT can exceed 100 %.
+  sheet's rate if there is one. It counts work that nanosft skips, so SFT can exceed 100%.
 - generate: the measured rate of a matrix-vector product, in bytes read for each new token (all
   weights, which a batch shares, and its keys and values).
 - prepare (sft_data.py): the tokens/s of `encode_ordinary_batch`; start-up is included.
@@ -31,10 +31,14 @@ import torch
 import train_gpt2
 import train_sft
 from model import GPT, GPTConfig
-from nanosft.cli import UserError, require_at_least, require_choice, run_cli
+from nanosft import fast
+from nanosft.cli import run_cli
+from nanosft.errors import UserError, require_choice
+from nanosft.ranks import Dtype
 from packing import LAYOUTS, Plan
 from tokenizer import get_encoding
 from tools import workload
+from tools.workload import Size
 
 ROWS = 10_000
 SETTINGS = {  # path: the settings of its lines in the table
@@ -58,24 +62,32 @@ QUICK = {"n_layer": 1, "n_head": 1, "n_embd": 16, "vocab_size": 512, "block_size
 
 @dataclasses.dataclass
 class Config:
-    """Measure tokens/s, the share of the machine's limit and peak memory, path by path."""
+    """Measure tokens/s, the share of the machine's limit, and peak memory, path by path."""
 
     only: str = ",".join(SETTINGS)
     """paths, separated by commas"""
-    n_layer: int = 6
-    n_head: int = 6
-    n_embd: int = 384
-    vocab_size: int = 50304
-    block_size: int = 512
-    batch_size: int = 4
+    n_layer: Size = 6
+    """blocks"""
+    n_head: Size = 6
+    """attention heads per block"""
+    n_embd: Size = 384
+    """C, width of the residual stream"""
+    vocab_size: Size = 50304
+    """V, ids that the model knows"""
+    block_size: Size = 512
+    """T, tokens per row"""
+    batch_size: Size = 4
     """rows of block_size tokens that go through the model at once"""
-    accumulate: int = 1
+    accumulate: Size = 1
     """micro-batches in a step"""
-    steps: int = 5
+    steps: Size = 5
     """timed repeats after the warm-up; the table has medians"""
     device: str = "auto"
-    dtype: str = "auto"
+    """auto, cuda, mps, or cpu"""
+    dtype: Dtype = "auto"
+    """of matrix products; auto: bfloat16 on GPUs that support it, else float32"""
     compile: bool = False
+    """torch.compile the blocks"""
     profile: bool = False
     """also list where the time of a training step goes"""
     json: str | None = None
@@ -103,15 +115,16 @@ def measure_generation(config: Config, path: str, prompts: int) -> dict:
     device, new = train_gpt2.setup_distributed(config.device).device, config.block_size // 2
     keys = ("n_layer", "n_head", "n_embd", "vocab_size", "block_size")
     model = GPT(GPTConfig(**{key: getattr(config, key) for key in keys})).to(device)
+    fast.speed_up(model)
     ids = torch.randint(config.vocab_size, (prompts, 32)).tolist()
 
     def step() -> dict:
         return {"tokens": sum(map(len, model.generate(ids, new, temperature=0)))}
 
-    found = workload.summary(workload.timed(step, 1, config.steps), device)
+    result = workload.summary(workload.timed(step, 1, config.steps), device)
     weights, cache = sum(p.nbytes for p in model.parameters()), 8 * config.n_layer * config.n_embd
     read = weights / prompts + cache * (32 + new / 2)  # per new token, on average
-    return found | {"bytes_per_s": found["tokens_per_s"] * read}
+    return result | {"bytes_per_s": result["tokens_per_s"] * read}
 
 
 def measure_startup(config: Config, path: str) -> dict:
@@ -148,12 +161,12 @@ def measure_planner(config: Config, path: str, layout: str, rows: int) -> dict:
     T, R = config.block_size, config.batch_size * config.accumulate
     lengths = workload.random_lengths(rows).clip(max=T + 1)
     make = functools.partial(Plan, lengths, T, layout, rows_per_step=R)
-    found = workload.summary(workload.timed(lambda: {"rows": len(make())}, 1, config.steps))
+    result = workload.summary(workload.timed(lambda: {"rows": len(make())}, 1, config.steps))
     tracemalloc.start()
     plan, bound = make(), -(-int(lengths.sum(dtype=int)) // (T + 1))
     kept, peak = ((lengths.nbytes + n) / rows for n in tracemalloc.get_traced_memory())
     tracemalloc.stop()
-    return found | {"limit": bound / len(plan), "kept_bytes": kept, "peak_bytes": peak}
+    return result | {"limit": bound / len(plan), "kept_bytes": kept, "peak_bytes": peak}
 
 
 MEASURE = {"machine": workload.measure_machine, "generate": measure_generation,
@@ -166,10 +179,10 @@ def measure(config: Config, job: dict) -> dict:
     return function() if config.quick else workload.in_its_own_process(function)
 
 
-def line_of(job: dict, row: dict) -> str:
+def line_of(job: dict, result: dict) -> str:
     setting = " ".join(f"{key}={value}" for key, value in job.items() if key != "path")
-    cells = [format(row[key], form) if key in row else "-" for key, form in COLUMNS.items()]
-    notes = [f"  {key} {row[key]:.3g}" for key in NOTES if key in row]
+    cells = [format(result[key], form) if key in result else "-" for key, form in COLUMNS.items()]
+    notes = [f"  {key} {result[key]:.3g}" for key in NOTES if key in result]
     return f"{job['path']:8} {setting:27}" + "".join([f"{c:>11}" for c in cells] + notes)
 
 
@@ -178,8 +191,6 @@ def main(config: Config) -> None:
         require_choice("only", path, SETTINGS)
     jobs = [{"path": path} | setting for path in config.only.split(",")
             for setting in SETTINGS[path] if not config.quick or setting.get("rows", 0) <= ROWS]
-    require_at_least(config, 1, "n_layer", "n_head", "n_embd", "vocab_size", "block_size", "steps",
-                     "batch_size", "accumulate", most=10**8)
     config = dataclasses.replace(config, **QUICK if config.quick else {})
     machine = measure(config, {"path": "machine"})
     if "error" in machine:
@@ -189,11 +200,13 @@ def main(config: Config) -> None:
     with open(config.json or os.devnull, "a") as log:
         print(json.dumps({"path": "machine"} | machine), file=log)
         for job in jobs:
-            row = measure(config, job)
-            for rate in machine.keys() & row.keys():
-                row["MFU" if rate.startswith("palm") else "limit"] = row[rate] / machine[rate]
-            print(line_of(job, row), row.get("error", ""), row.pop("profile", ""), flush=True)
-            print(json.dumps(job | row), file=log, flush=True)
+            result = measure(config, job)
+            for rate in machine.keys() & result.keys():
+                share = "MFU" if rate.startswith("palm") else "limit"
+                result[share] = result[rate] / machine[rate]
+            line, profile = line_of(job, result), result.pop("profile", "")
+            print(line, result.get("error", ""), profile, flush=True)
+            print(json.dumps(job | result), file=log, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""nanosft compared with its alternatives, on the same rows, model and machine.
+"""nanosft compared with its alternatives, on the same rows, model, and machine.
 
     pip install 'trl==1.16.*' 'transformers>=5'    # on a GPU also: kernels liger-kernel
     python -m tools.compare_peers --data openai/gsm8k:main
@@ -6,20 +6,19 @@
 
 For developers: it needs the `gpt2` vocabulary, and leaves out the peers that are not installed.
 The contenders take turns, `repeats` times, each time in a process of its own; the table has
-medians (and ranges). Peers:
+medians and ranges. Peers:
 - trl: SFTTrainer(packing=True) with its default best-fit strategy, on nanosft's ids and masks, and
   with its own loss, which never materializes all logits. On a GPU it requires FlashAttention and
   enables Liger if installed (which has no GPT-2 kernels). Gradient checkpointing, its default, is
   off: that is faster, but takes more memory.
 - transformers: a plain loop over padded batches; about as many tokens per step.
-- full_logits: nanoGPT's way. nanosft's model, rows, optimizer and step, but the head runs at all
+- full_logits: nanoGPT's way. nanosft's model, rows, optimizer, and step, but the head runs at all
   positions and a dense mask keeps examples apart; --compile compiles all of it, loss included.
 - full_logits_causal: the same without isolation, as nanoGPT itself would do it: less work.
 tokens/s are non-padding tokens over the time of an optimizer step, loading included.
 """
 
 import dataclasses
-import functools
 import importlib.util
 import itertools
 import json
@@ -37,13 +36,16 @@ import torch.nn.functional as F
 from torch.utils.data import default_collate
 
 import train_gpt2
-from model import GPT, IGNORE_INDEX, GPTConfig, causal, isolated_mask, isolated_positions
-from nanosft.cli import UserError, require_at_least, require_choice, run_cli
-from nanosft.hf_tokenizer import save_model
+from answer import save_model
+from model import GPT, IGNORE_INDEX, GPTConfig, attention_for
+from nanosft import fast
+from nanosft.cli import run_cli
+from nanosft.errors import UserError, require_choice
+from nanosft.ranks import Dtype
 from nanosft.shards import Shards, ShardWriter, find_examples, write_meta
-from tokenizer import get_encoding
+from tokenizer import get_encoding, weights_in_effect
 from tools import workload
-from tools.workload import in_its_own_process, summary, timed, warmup
+from tools.workload import Size, in_its_own_process, summary, timed, warmup
 
 COMPARISONS = {  # nanosft first
     "sft": ("nanosft", "trl", "transformers", "full_logits", "full_logits_causal"),
@@ -58,25 +60,32 @@ QUICK = {"n_layer": 1, "n_head": 1, "n_embd": 16, "block_size": 128, "batch_size
 
 @dataclasses.dataclass
 class Config:
-    """Compare nanosft with TRL, transformers and a loop with full logits."""
+    """Compare nanosft with TRL, transformers, and a loop with full logits."""
 
     data: str | None = None
     """chat rows, as sft_data.py --source; default: random words with GSM8K's lengths"""
     only: str = ",".join(COMPARISONS)
     """what to compare, separated by commas"""
-    n_layer: int = 6
-    n_head: int = 6
-    n_embd: int = 384
-    block_size: int = 512
-    batch_size: int = 4
+    n_layer: Size = 6
+    """blocks"""
+    n_head: Size = 6
+    """attention heads per block"""
+    n_embd: Size = 384
+    """C, width of the residual stream"""
+    block_size: Size = 512
+    """T, tokens per row"""
+    batch_size: Size = 4
     """rows of a micro-batch, which here is a step"""
-    steps: int = 5
+    steps: Size = 5
     """timed steps per process, after the warm-up"""
-    repeats: int = 3
+    repeats: Size = 3
+    """processes of each contender"""
     device: str = "auto"
-    dtype: str = "auto"
+    """auto, cuda, mps, or cpu"""
+    dtype: Dtype = "auto"
+    """of matrix products; auto: bfloat16 on GPUs that support it, else float32"""
     compile: bool = False
-    """nanosft and the loop with full logits"""
+    """torch.compile nanosft and the loop with full logits"""
     json: str | None = None
     """append each process's result to this file, one JSON object per line"""
     quick: bool = False
@@ -99,7 +108,7 @@ def make_data(config: Config, job: Job) -> dict:
         workload.random_jsonl(folder / "rows.jsonl", 7_473)
     workload.prepare(config.data or f"{folder}/rows.jsonl", f"{folder}/sft")
     shards = Shards(f"{job.folder}/sft", "train", "sft")
-    ids, weights = shards[0 : len(shards)]
+    ids, stored = shards[0 : len(shards)]
     (folder / "text").mkdir()
     writer = ShardWriter(folder / "text", "train", 1 << 40)
     writer.add(ids)
@@ -107,6 +116,7 @@ def make_data(config: Config, job: Job) -> dict:
     write_meta(folder / "text", meta)
     sizes = {key: getattr(config, key) for key in ("n_layer", "n_head", "n_embd", "block_size")}
     save_model(folder / "model", GPT(GPTConfig(**sizes)), "gpt2", "chat")
+    weights = weights_in_effect(stored, "response")
     return {"tokens": len(ids), "trained_share": float((weights > 0).mean())}
 
 
@@ -114,7 +124,8 @@ def examples_of(job: Job) -> list[np.ndarray]:
     """(ids, weights), int64 (2, n), of each example."""
     shards = Shards(f"{job.folder}/sft", "train", "sft")
     starts, _ = find_examples(shards, get_encoding("gpt2").eot_token)
-    return np.split(shards[0 : len(shards)].astype(np.int64), starts[1:], axis=1)
+    ids, stored = shards[0 : len(shards)].astype(np.int64)
+    return np.split(np.stack([ids, weights_in_effect(stored, "response")]), starts[1:], axis=1)
 
 
 # ----- training ----------------------------------------------------------------------------------
@@ -136,20 +147,13 @@ def train_ours(config: Config, job: Job) -> dict:
     return workload.measure_steps(config, job.what, c, rows, forward)
 
 
-def full_logits(model: GPT, x, y, weights=None, segments=None) -> tuple:
+def full_logits(model: GPT, x, y, weights=None, segments=None) -> torch.Tensor:
     device = model.lm_head.weight.device  # the batch is on the CPU
     x, y, segments = (t if t is None else t.to(device) for t in (x, y, segments))
-    positions, attend = torch.arange(x.size(1), device=device), causal
-    if segments is not None:
-        positions, mask = isolated_positions(segments), isolated_mask(segments)
-        attend = functools.partial(F.scaled_dot_product_attention, attn_mask=mask)
-    h = model.transformer.wte(x) + model.transformer.wpe(positions)
-    for block in model.transformer.h:
-        h = block(h, attend)
-    logits = model.lm_head(model.transformer.ln_f(h))  # (B, T, V)
-    nll = F.cross_entropy(logits.flatten(0, 1), y.flatten(), ignore_index=IGNORE_INDEX,
-                          reduction="sum")
-    return nll, None
+    attends = [attention_for(segments)] * model.config.n_layer  # the plain form: a dense mask
+    logits = model.lm_head(model.hidden(x, segments, attends=attends))  # (B, T, V)
+    return F.cross_entropy(logits.flatten(0, 1), y.flatten(), ignore_index=IGNORE_INDEX,
+                           reduction="sum")
 
 
 def hugging_face_model(job: Job, **settings):
@@ -250,7 +254,7 @@ def generate(config: Config, job: Job) -> dict:
     prompts = torch.randint(50257, (int(job.what.removeprefix("generate_")), 32),
                             generator=torch.Generator().manual_seed(0))
     if job.who == "nanosft":
-        model = GPT.from_pretrained(f"{job.folder}/model").to(device)
+        model = fast.speed_up(GPT.from_pretrained(f"{job.folder}/model").to(device))
     else:
         model = hugging_face_model(job).to(device).eval()
         model.generation_config.eos_token_id = None
@@ -282,38 +286,36 @@ def measure(config: Config, job: Job) -> dict:
 
 def compare(config: Config, what: str, folder: str, log) -> None:
     """All contenders in turn, `repeats` times; then the table."""
-    found = {who: [] for who in COMPARISONS[what]}
+    results = {who: [] for who in COMPARISONS[what]}
     for repeat in range(config.repeats):
-        for who, rows in found.items():
-            if rows and "error" in rows[-1]:
+        for who, theirs in results.items():
+            if theirs and "error" in theirs[-1]:
                 continue
-            rows.append(in_its_own_process(measure, config, Job(what, who, folder)))
-            entry = {"what": what, "who": who, "repeat": repeat, **rows[-1]}
+            theirs.append(in_its_own_process(measure, config, Job(what, who, folder)))
+            entry = {"what": what, "who": who, "repeat": repeat, **theirs[-1]}
             print(json.dumps(entry), file=log, flush=True)
     print(f"\n{what}: medians (lowest to highest); x: nanosft's median divided by it")
-    for who, rows in found.items():
-        print(f"  {who:18}" + line_of(rows, found["nanosft"]), flush=True)
+    for who, theirs in results.items():
+        print(f"  {who:18}" + line_of(theirs, results["nanosft"]), flush=True)
 
 
-def line_of(rows: list[dict], ours: list[dict]) -> str:
-    if "error" in rows[-1]:
-        return f"  left out: {rows[-1]['error']}"
+def line_of(theirs: list[dict], ours: list[dict]) -> str:
+    if "error" in theirs[-1]:
+        return f"  left out: {theirs[-1]['error']}"
     line = ""
-    for key in (key for key in rows[0] if key not in HIDDEN):
-        values = [row[key] for row in rows]
+    for key in (key for key in theirs[0] if key not in HIDDEN):
+        values = [result[key] for result in theirs]
         low, middle, high = (f(values) for f in (min, statistics.median, max))
         line += "  {} {:,.{n}f} ({:,.{n}f} to {:,.{n}f})".format(key, middle, low, high,
                                                                 n=0 if middle >= 100 else 3)
-        if rows is not ours and "error" not in ours[-1]:
-            line += f" x{statistics.median(row[key] for row in ours) / middle:.2f}"
+        if theirs is not ours and "error" not in ours[-1]:
+            line += f" x{statistics.median(result[key] for result in ours) / middle:.2f}"
     return line
 
 
 def main(config: Config) -> None:
     for what in config.only.split(","):
         require_choice("only", what, COMPARISONS)
-    require_at_least(config, 1, "n_layer", "n_head", "n_embd", "block_size", "batch_size", "steps",
-                     "repeats", most=10**8)
     config = dataclasses.replace(config, **QUICK if config.quick else {})
     with tempfile.TemporaryDirectory() as folder, open(config.json or os.devnull, "a") as log:
         data = in_its_own_process(measure, config, Job("data", "nanosft", folder))

@@ -12,9 +12,8 @@ from typing import Literal
 
 import torch
 
-from nanosft.assistant import load_assistant
+from answer import load_assistant, save_model
 from nanosft.cli import run_cli
-from nanosft.hf_tokenizer import save_model
 from nanosft.shards import new_folder
 from nanosft.weights import find_model
 
@@ -24,11 +23,11 @@ class Config:
     """Write a model without its training state."""
 
     model: str
-    """a nanosft checkpoint or run folder, a Hugging Face folder, a GPT-2 name or a hub id"""
+    """a nanosft checkpoint or run folder, a Hugging Face folder, a GPT-2 name, or a hub id"""
     out: str
     """folder for the model; must be new or empty"""
     dtype: Literal["float16", "bfloat16", "float32"] = "float32"
-    """training and evaluation use float32; the others round the weights"""
+    """of the weights; a checkpoint has float32, the others round them"""
 
 
 def main(config: Config) -> None:

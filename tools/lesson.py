@@ -14,7 +14,8 @@ from typing import Annotated
 
 import tyro
 
-from nanosft.cli import UserError, run_cli
+from nanosft.cli import run_cli
+from nanosft.errors import UserError
 from nanosft.sources import read_rows
 
 FORMAT = re.compile(r"\d+[-+*]\d+=\d+\.")  # 2+4=6.
@@ -73,9 +74,9 @@ def results(folder: Path) -> dict[str, dict[str, float]]:
 
 
 def sides(folder: Path, n: int = 6) -> list[tuple[str, str, str]]:
-    """(question, how the base continues, what SFT answers) of n held-out questions.
+    """(question, how the base model continues, what SFT answers) of n held-out questions.
 
-    The base's text ends with the end of a document, or with an ellipsis where it was cut off.
+    The base model's text ends with the end of a document, or with an ellipsis where it was cut.
     """
     n_trained = len(read_all(folder / "text/sft_train.jsonl"))
     base, sft = (read_all(folder / f"answers/{name}.jsonl")[n_trained:]

@@ -17,9 +17,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from answer import Assistant, load_assistant
 from model import GPT
-from nanosft.assistant import Assistant, load_assistant
-from nanosft.cli import UserError, run_cli
+from nanosft.cli import run_cli
+from nanosft.errors import UserError
 from nanosft.sources import read_jsonl, require_file
 from nanosft.viewer import save_page
 from nanosft.weights import checkpoints, find_model, read_config
@@ -27,7 +28,7 @@ from tokenizer import SPECIALS, render_prompt, stop_ids
 
 PAGE = Path(__file__).with_suffix(".html")
 MAX_BYTES = 16_000_000  # per page: it opens at once in a browser and fits in an email
-BETWEEN = 6  # checkpoints between the base and the last one
+BETWEEN = 6  # checkpoints between the base model and the last one
 
 
 @dataclasses.dataclass
@@ -37,6 +38,7 @@ class Config:
     models: tuple[str, str]
     """the base model, and the folder of a train_sft.py run that started from it"""
     out: str = "playground.html"
+    """the page; its folder must exist"""
     questions: str | None = None
     """suggested questions: a .jsonl of {"question": ..., "about": ..., "as": "chat" or "text"}"""
 
@@ -62,13 +64,13 @@ def choose_steps(steps: list[int], accuracies: dict[int, float], n: int = BETWEE
     """
     *between, last = steps
     known = sorted(({0: 0.0} | accuracies).items())
-    at, values = zip(*known)
+    known_steps, values = zip(*known)
     change = [0, *itertools.accumulate(abs(b - a) for a, b in itertools.pairwise(values))]
-    moved = dict(zip(steps, np.interp(steps, at, change)))  # of each step, since step 0
+    moved = dict(zip(steps, np.interp(steps, known_steps, change)))  # of each step, since step 0
     chosen = []
     for share in [(i + 1) / (n + 1) for i in range(min(n, len(between)))]:
-        left = [step for step in between if step not in chosen]
-        chosen.append(min(left, key=lambda step: (
+        others = [step for step in between if step not in chosen]
+        chosen.append(min(others, key=lambda step: (
             abs(moved[step] - share * moved[last]), abs(step - share * last))))
     return [*sorted(chosen), last]
 
@@ -115,7 +117,7 @@ def read_questions(path: str | None) -> list[dict]:
 
 
 def page_data(config: Config) -> tuple[dict, list[str]]:
-    """What the page shows, and the weights of each checkpoint, the base first."""
+    """What the page shows, and the weights of each checkpoint, the base model first."""
     base, run = load_bytes_model(config.models[0]), Path(config.models[1])
     folders = {int(path.name[5:]): path for path in checkpoints(run)}
     if not folders:
@@ -150,11 +152,11 @@ def template_around(encoding, template: str) -> tuple[list[int], list[int]]:
 def check_fit(folder: Path, assistant: Assistant, sizes: dict) -> None:
     if assistant.template is None:
         raise UserError(f"--models {folder}: it has no template, so it is not fine-tuned; give the "
-                        "base first and the train_sft.py run second")
+                        "base model first and the train_sft.py run second")
     for name, size in dataclasses.asdict(assistant.model.config).items():
         if size != sizes[name]:
-            raise UserError(f"--models {folder}: {name} is {size}, but the base has {sizes[name]}; "
-                            "give the base that the run started from")
+            raise UserError(f"--models {folder}: {name} is {size}, but the base model has "
+                            f"{sizes[name]}; give the model that the run started from")
 
 
 def check_size(model: GPT, n_models: int) -> None:
@@ -176,7 +178,8 @@ def main(config: Config) -> None:
              for i, text in enumerate(weights))
     size = save_page("--out", config.out, PAGE, data, "\n".join(lines))
     steps = ", ".join(str(checkpoint["step"]) for checkpoint in data["checkpoints"][1:])
-    print(f"{config.out}: {size / 1e6:.1f} MB, the base and steps {steps}; open it in a browser")
+    print(f"{config.out}: {size / 1e6:.1f} MB, the base model and steps {steps}; open it "
+          "in a browser")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Draw the loss, learning rate and gradient norm of one or several training runs.
+"""Draw the loss, learning rate, and gradient norm of one or several training runs.
 
     python -m tools.plot out/base/metrics.jsonl out/sft/metrics.jsonl --out loss.png
 
@@ -11,7 +11,8 @@ from typing import Annotated
 
 import tyro
 
-from nanosft.cli import UserError, run_cli
+from nanosft.cli import run_cli
+from nanosft.errors import UserError
 from nanosft.sources import read_rows
 
 PANELS = {"loss": "loss (nats per token)", "lr": "learning rate", "grad_norm": "gradient norm"}
@@ -25,6 +26,7 @@ class Config:
     metrics: Annotated[tuple[str, ...], tyro.conf.Positional]
     """metrics.jsonl files; a run is named after its folder"""
     out: str = "loss.png"
+    """the picture; its ending chooses the format"""
 
 
 def read_run(path: str) -> list[dict]:

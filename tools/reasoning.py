@@ -2,9 +2,9 @@
 
     bash runs/reasoning.sh      # makes the data and the base model that this file reads
 
-Fine-tunes and evaluates once for each style of answer, number of examples, choice of rows and seed,
-in a few processes that import torch only once; prints the commands of the first of these runs.
-Writes table.md, results.json and reasoning.png to --root.
+Fine-tunes and evaluates once for each style of answer, number of examples, choice of rows, and
+seed, in a few processes that import torch only once; prints the commands of the first of these
+runs. Writes table.md, results.json, and reasoning.png to --root.
 """
 
 import concurrent.futures
@@ -18,16 +18,18 @@ import re
 import shutil
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
 import tyro
+from annotated_types import Ge, Gt
 
 import evaluate
 import sft_data
 import train_sft
-from nanosft.cli import UserError, run_cli
+from nanosft.cli import run_cli
+from nanosft.errors import UserError
 from nanosft.sources import read_rows
 
 STYLES = {"direct": "cot", "cot": "direct"}  # column with the answer: the column to ignore
@@ -42,15 +44,15 @@ class Config:
     """holds base/ and text/; gets sft_shards/, runs/ and answers/ (replaced) and the results"""
     seeds: tuple[int, ...] = (1, 2, 3)
     """each has its own training set, text/train_SEED.jsonl, and its own order of the examples"""
-    sizes: tuple[int, ...] = (128, 256, 512, 1024)
+    sizes: Annotated[tuple[int, ...], Ge(1)] = (128, 256, 512, 1024)
     """numbers of correct examples; `all` is always added"""
-    max_steps: int = 900
+    max_steps: Annotated[int, Ge(1)] = 900
     """optimizer steps of each run: the same for all, so small sets are read more often"""
-    rows_per_step: int = 4
-    """tuned with the steps: 8 rows in 500 steps cost as much, and more runs failed"""
-    learning_rate: float = 2e-3
-    """pretraining's: 1e-3 was too slow to learn where the numbers are, 3e-3 forgot single sums"""
-    workers: int = 2
+    rows_per_step: Annotated[int, Ge(1)] = 4
+    """rows of one optimizer step. Tuned: 8 rows in 500 steps cost as much, and more runs failed"""
+    learning_rate: Annotated[float, Gt(0)] = 2e-3
+    """peak. Tuned: 1e-3 was too slow to learn where the numbers are, 3e-3 forgot single sums"""
+    workers: Annotated[int, Ge(1)] = 2
     """runs at the same time, with one thread each"""
 
 
@@ -133,8 +135,8 @@ def judge_steps(rows: list[dict]) -> dict[str, float | None]:
     """
     n_sums = sums_right = numbers_right = 0
     for row in rows:
-        sums = [tuple(map(int, found))
-                for found in re.findall(r"(\d+)\+(\d+)=(\d+)", row["answer"])]
+        sums = [tuple(map(int, numbers))
+                for numbers in re.findall(r"(\d+)\+(\d+)=(\d+)", row["answer"])]
         n_sums += len(sums)
         sums_right += sum(a + b == c for a, b, c in sums)
         asked = list(map(int, re.findall(r"\d+", row["messages"][0]["content"])))
@@ -180,7 +182,7 @@ def run_all(config: Config) -> list[dict]:
 
 
 def cell(results: list[dict], key: str) -> str:
-    """'95 % (90 to 100)': the mean, the lowest and the highest."""
+    """'95% (90% to 100%)': the mean, the lowest, and the highest."""
     values = [result[key] for result in results if result[key] is not None]
     if not values:
         return ""
@@ -195,7 +197,7 @@ def table(results: list[dict]) -> str:
     steps = {"sums_right": "sums right", "numbers_right": "numbers right"}
     head += [f"cot: {name}" for name in steps.values()]
     lines = [["training rows", *head], ["---"] * (len(head) + 1)]
-    names = {"before": "none (base model)", "correct": "correct", "mixed": "30 % wrong"}
+    names = {"before": "none (base model)", "correct": "correct", "mixed": "30% wrong"}
     for where, size in dict.fromkeys((result["where"], result["size"]) for result in results):
         line = [names[where] + ("" if where == "before" else f", {size or 'all'}")]
         for style in STYLES:
@@ -221,8 +223,8 @@ def draw(path: Path, results: list[dict], sizes: tuple[int, ...]) -> None:
                  if (result["style"], result["where"], result["size"]) == (style, *choice)]
                 for choice in choices]
         ax.plot([np.median(some) for some in runs[:-1]], color=color, label=LABELS[style])
-        for place, some in enumerate(runs):
-            ax.plot([place] * len(some), some, "o", color=color, alpha=0.5)
+        for x, some in enumerate(runs):
+            ax.plot([x] * len(some), some, "o", color=color, alpha=0.5)
     ax.set_xticks(range(len(choices)), [*sizes, "all", "all, and\nwrong ones"])
     ax.set(xlabel="training rows", ylabel="right answers", ylim=(0, 1.03))
     ax.grid(alpha=0.3)

@@ -2,12 +2,12 @@
 
     python -m tools.reversal --seeds 1 2 3 --out out/reversal     # 7 minutes on one CPU core
 
-A row is `<hello>olleh#`. Mask on trains `olleh#` only; mask off trains the prompt's letters as
-well, which nothing can predict. Model, words, order, and steps are the same: only the loss
-weights differ. Unless its name says otherwise, a setting has 2 layers, is 64 wide, and uses words
-of 4 letters drawn from 26 equally likely ones. Prints a markdown table of where there is a gap and
-why, and writes reversal.md, .json, and .png: the share of held-out words that greedy decoding
-reverses exactly, over the steps.
+A row is `<hello>olleh#`. With the mask on, only `olleh#` is in the loss; with the mask off, so are
+the prompt's letters, which nothing can predict. Model, words, order, and steps are the same: only
+the loss weights differ. Unless its name says otherwise, a setting has 2 layers, is 64 wide, and
+uses words of 4 letters drawn from 26 equally likely ones. Prints a markdown table of where there is
+a gap and why, and writes reversal.md, .json, and .png: the share of held-out words that greedy
+decoding reverses exactly, over the steps.
 """
 
 import dataclasses
@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model import GPT, GPTConfig
+from nanosft import fast
 from nanosft.cli import run_cli
 from nanosft.weights import pad_vocab
 from train_gpt2 import MicroBatch, Ranks, get_lr, make_optimizer, train_step
@@ -40,11 +41,13 @@ class Config:
     """Train every setting of this file with each seed and print a table."""
 
     seeds: tuple[int, ...] = (1, 2, 3)
+    """of the words, the model, and the order of the rows"""
     out: str = "out/reversal"
+    """folder for the table, the numbers, and the plot"""
 
 
 class Run(NamedTuple):
-    """The data, the model, and which part of a row is trained. Learning rate: AdamW's peak."""
+    """The data, the model, and which part of a row is in the loss. Learning rate: AdamW's peak."""
 
     name: str
     letters: tuple[int, ...] = (1,) * 26  # how often each occurs
@@ -107,19 +110,18 @@ def prompt_bits(run: Run) -> float:
 # ----- one run -----------------------------------------------------------------------------------
 
 
-def forward_half(*batch) -> tuple[Tensor, Tensor]:
+def forward_half(*batch) -> Tensor:
     """Half the gradient: what the answer gets when the mean includes the prompt's targets, too."""
-    loss_sum, weight_sum = forward_sft(*batch)
-    return loss_sum / 2, weight_sum
+    return forward_sft(*batch) / 2
 
 
-def forward_expected(model, x, y, weights, segments=None) -> tuple[Tensor, Tensor]:
+def forward_expected(model, x, y, weights, segments=None) -> Tensor:
     """A prompt letter's loss is the mean over all letters: the same gradient on average, but
     without the noise of the sampled letter."""
     nll = -model(x).log_softmax(-1)[..., : len(SYMBOLS)]  # (B, T, 29)
     drawn = ((x == ANSWER).cumsum(1) == 0) & (y < BEGIN)  # (B, T)
     nll = torch.where(drawn, nll[..., :BEGIN].mean(-1), nll.gather(2, y[..., None])[..., 0])
-    return (weights * nll).sum(), weights.sum()
+    return (weights * nll).sum()
 
 
 def make_model(run: Run, seed: int) -> GPT:
@@ -129,7 +131,7 @@ def make_model(run: Run, seed: int) -> GPT:
     model.transformer.wte.weight.data *= run.embedding_scale
     if not run.tied:
         model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
-    return model
+    return fast.speed_up(model)
 
 
 def share_right(model: GPT, rows: np.ndarray, P: int) -> float:
@@ -198,14 +200,14 @@ CAUSES = [
 
 
 def all_runs() -> list[tuple[str, str, Run]]:
-    """(setting, what is trained, run) of each row of the table."""
+    """(setting, what is in the loss, run) of each line of the table."""
     pairs = [(run.name, f"mask {label}", run._replace(prompt_weight=weight))
              for run in SETTINGS for label, weight in (("on", 0.0), ("off", 1.0))]
     return pairs + [(f"{SMALL.name}: why", run.name, run) for run in CAUSES]
 
 
 def steps_to_solve(result: dict) -> int | None:
-    """The first evaluated step with 90 % right; None: never."""
+    """The first evaluated step with 90% right; None: never."""
     solved = np.flatnonzero(np.array(result["right"]) >= SOLVED)
     return EVERY * (int(solved[0]) + 1) if len(solved) else None
 
@@ -226,10 +228,10 @@ def range_cell(values: list[float], form: str) -> str:
 
 
 def cells(results: list[dict]) -> str:
-    at = min(100 // EVERY, len(results[0]["likeness"])) - 1
+    last = min(100 // EVERY, len(results[0]["likeness"])) - 1
     return " | ".join([steps_cell(results),
                        range_cell([result["right"][-1] for result in results], ".0%"),
-                       range_cell([result["likeness"][at] for result in results], ".2f")])
+                       range_cell([result["likeness"][last] for result in results], ".2f")])
 
 
 def draw(curves: list[tuple[str, str, list[dict]]], path: Path) -> None:
@@ -260,19 +262,19 @@ def main(config: Config) -> None:
     torch.set_num_threads(1)
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
-    lines = ["| setting | bits of a prompt | trained | steps to 90 % | right at the end | "
+    lines = ["| setting | bits of a prompt | in the loss | steps to 90% | right at the end | "
              "cosine at step 100 |", "|---" * 6 + "|"]
     print(*lines, sep="\n", flush=True)
-    curves, rows = [], []
+    curves, records = [], []
     for setting, label, run in all_runs():
         results = [train_run(run, seed) for seed in config.seeds]
         curves.append((setting, label, results))
-        rows += [{"setting": setting, "trained": label, "seed": seed, "every": EVERY} | result
-                 for seed, result in zip(config.seeds, results)]
+        records += [{"setting": setting, "trained": label, "seed": seed, "every": EVERY} | result
+                    for seed, result in zip(config.seeds, results)]
         lines.append(f"| {setting} | {prompt_bits(run):.1f} | {label} | {cells(results)} |")
         print(lines[-1], flush=True)
     (out / "reversal.md").write_text("\n".join(lines) + "\n")
-    (out / "reversal.json").write_text(json.dumps(rows))
+    (out / "reversal.json").write_text(json.dumps(records))
     draw([curve for curve in curves if curve[1].startswith("mask")], out / "reversal.png")
 
 

@@ -11,9 +11,11 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
+from annotated_types import Ge, Le
 from torch import Tensor
 from torch.utils.benchmark import Timer
 
@@ -21,10 +23,12 @@ import train_gpt2
 import train_sft
 from model import GPTConfig
 from nanosft import fast
-from nanosft.checkpoint import peak_memory_gb
+from nanosft.run import peak_memory_gb
 from nanosft.shards import ShardWriter, read_meta, write_meta
 
-# ln(ids per example) of GSM8K's training split, gpt2 and the chat template; the share trained
+Size = Annotated[int, Ge(1), Le(10**8)]
+
+# ln(ids per example) of GSM8K's training split, gpt2 and the chat template; the share in the loss
 MEAN_LENGTH, STD_LENGTH, TRAINED = math.log(145), 0.36, 0.62
 ROOT, CPU = Path(__file__).parents[1], torch.device("cpu")
 EOT = 256  # of the `bytes` encoding, whose name random shards carry: it needs no vocabulary file
@@ -57,7 +61,7 @@ def last_part(lengths: np.ndarray, share: float) -> np.ndarray:
 def random_shards(folder: str, kind: str, n_examples: int, share: float, vocab_size: int) -> None:
     """A folder as fineweb.py (kind "text") or sft_data.py ("sft") would make it, of random ids.
 
-    The last `share` of each example is trained.
+    The last `share` of each example is in the loss.
     """
     lengths = random_lengths(n_examples)
     ends = np.cumsum(lengths)
@@ -88,7 +92,7 @@ def flops(model: GPTConfig, tokens: int, head_tokens: int, pairs: int) -> int:
 
     head_tokens go through the vocabulary projection; pairs counts the attended (query, key) pairs.
     Source: PaLM, appendix B, where head_tokens = tokens and pairs = tokens * T. A block has
-    (3 + 1 + 4 + 4) * C * C weights; biases, norms, softmax and optimizer are left out there, too.
+    (3 + 1 + 4 + 4) * C * C weights; biases, norms, softmax, and optimizer are left out there, too.
     """
     L, C, V = model.n_layer, model.n_embd, model.vocab_size
     return 6 * 12 * L * C * C * tokens + 6 * V * C * head_tokens + 12 * L * C * pairs
@@ -127,8 +131,9 @@ def measure_steps(config, path: str, c, rows, forward: Callable, profile: bool =
     c, rows, forward: what `open_training` returns.
     """
     ranks = train_gpt2.setup_distributed(c.device, dtype=c.dtype)
-    gpt, optimizer, _ = train_gpt2.new_or_resumed(c, ranks, rows.meta, {})
-    model, n = train_gpt2.wrap(gpt, c, ranks), warmup(config) + config.steps + profile
+    gpt = fast.speed_up(train_gpt2.make_model(c, rows.meta).to(ranks.device), c.compile)
+    optimizer, model = train_gpt2.make_optimizer(gpt, c), train_gpt2.wrap(gpt, ranks)
+    n = warmup(config) + config.steps + profile
     ahead, spent = fast.Prefetcher(train_gpt2.load_steps(rows, c, ranks, 0), n), []
 
     def fetch() -> None:
@@ -142,20 +147,20 @@ def measure_steps(config, path: str, c, rows, forward: Callable, profile: bool =
         batches = next(ahead)
         if path == "evaluate":
             _, tokens, trained, _ = train_gpt2.count_step(batches, ranks).tolist()
-            row = train_gpt2.evaluate(gpt, batches, ranks)
-            row |= {"tokens": tokens, "trained_tokens": trained}
+            result = train_gpt2.evaluate(gpt, batches, ranks, forward)
+            result |= {"tokens": tokens, "trained_tokens": trained}
         else:
-            row = train_gpt2.train_step(model, optimizer, batches, 1e-4, 1.0, ranks, forward,
-                                        meanwhile=fetch)
-        return row | {"loading": sum(spent)}
+            result = train_gpt2.train_step(model, optimizer, batches, 1e-4, 1.0, ranks, forward,
+                                           meanwhile=fetch)
+        return result | {"loading": sum(spent)}
 
     done, R = timed(step, warmup(config), config.steps), c.rows_per_step
     used = range(len(rows))[warmup(config) * R :][: config.steps * R]
     part = 1 / 3 if path == "evaluate" else 1  # the forward pass
-    found = summary(done, ranks.device) | rates(done, gpt.config, rows, used, part)
+    result = summary(done, ranks.device) | rates(done, gpt.config, rows, used, part)
     if profile:
-        found["profile"] = profile_of(step, ranks.device)
-    return found
+        result["profile"] = profile_of(step, ranks.device)
+    return result
 
 
 def rates(done: list[dict], model: GPTConfig, rows, used: range, part: float) -> dict:
@@ -163,7 +168,7 @@ def rates(done: list[dict], model: GPTConfig, rows, used: range, part: float) ->
 
     used: the indices of the rows that they saw. part: of a forward and backward pass.
     """
-    tokens, trained, loading, seconds = (sum(row[key] for row in done) for key in (
+    tokens, trained, loading, seconds = (sum(step[key] for step in done) for key in (
         "tokens", "trained_tokens", "loading", "seconds"))
     one_text = torch.zeros(model.block_size, dtype=torch.long)
     pairs = sum(seen_pairs(rows[i].get("segments", one_text)) for i in used)
@@ -217,12 +222,12 @@ def measure_machine(config, path: str) -> dict:
 
 def timed(step: Callable[[], dict], warmup: int, steps: int) -> list[dict]:
     """What `step` returns, each with its `seconds`; without the warm-up."""
-    rows = []
+    results = []
     for _ in range(warmup + steps):
         clock = time.perf_counter()
-        row = step()
-        rows.append(row | {"seconds": time.perf_counter() - clock})
-    return rows[warmup:]
+        result = step()
+        results.append(result | {"seconds": time.perf_counter() - clock})
+    return results[warmup:]
 
 
 def summary(steps: list[dict], device: torch.device = CPU) -> dict:

@@ -1,8 +1,9 @@
-"""A checkpoint with its encoding and template, ready to answer, and the scoring of its answers."""
+"""A checkpoint that answers, and how answers are scored: for evaluate.py, chat.py, and training."""
 
 import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import tiktoken
@@ -10,9 +11,10 @@ import torch
 from torch import Tensor
 
 from model import GPT
-from nanosft.cli import UserError, one_line
+from nanosft import fast, hf_tokenizer
+from nanosft.errors import UserError, one_line
 from nanosft.weights import find_model, pad_vocab, read_config
-from tokenizer import ENCODINGS, TEMPLATES, get_encoding, stop_ids
+from tokenizer import ALPACA, ALPACA_WITH_INPUT, ENCODINGS, TEMPLATES, get_encoding, stop_ids
 
 
 class Answer(NamedTuple):
@@ -30,14 +32,14 @@ class Assistant(NamedTuple):
                temperature: float = 0.0, seed: int = 0) -> list[Answer]:
         """The answer to each prompt (ids); its text does not include the end token.
 
-        Prompts of similar length are batched together, which saves padding and masks.
+        Prompts of similar length are batched together, which saves padding.
         """
         stops, answers = stop_ids(self.encoding, self.template), {}
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        for at in range(0, len(prompts), batch_size):
-            batch = order[at : at + batch_size]
+        for start in range(0, len(prompts), batch_size):
+            batch = order[start : start + batch_size]
             new = self.model.generate([prompts[i] for i in batch], max_new_tokens, temperature,
-                                      stop_ids=stops, seed=seed + at)
+                                      stop_ids=stops, seed=seed + start)
             for i, ids in zip(batch, new):
                 stopped = bool(ids) and ids[-1] in stops
                 text = self.encoding.decode(ids[:-1] if stopped else ids)
@@ -58,12 +60,27 @@ def load_assistant(name: str, device: str | torch.device = "cpu") -> Assistant:
                         f"{encoding_name} has {pad_vocab(encoding.n_vocab)} with padding; fix "
                         "`encoding` in its config.json")
     model.config.n_vocab = min(model.config.n_vocab, encoding.n_vocab)  # decode knows no others
-    return Assistant(model, encoding, template)
+    return Assistant(fast.speed_up(model), encoding, template)
+
+
+def save_model(folder: str | Path, model: GPT, encoding: str | None = None,
+               template: str | None = None, **settings) -> None:
+    """Write a model and, if its encoding is named, the files of nanosft/hf_tokenizer.py.
+
+    template None: without chat templates. settings: extra keys of config.json.
+    """
+    if encoding is None:
+        return model.save_pretrained(folder, **settings)
+    names = {"encoding": encoding} | ({"template": template} if template else {})
+    tokens, stops = get_encoding(encoding), stop_ids(get_encoding(encoding), template)
+    model.save_pretrained(folder, **names, **hf_tokenizer.special_ids(tokens, stops), **settings)
+    hf_tokenizer.write_files(Path(folder), model.config, tokens, stops, template,
+                             (ALPACA, ALPACA_WITH_INPUT))
 
 
 def cut_prompt(ids: list[int], room: int, block_size: int, where: str) -> list[int]:
     """Cut a prompt on the left to leave `room` tokens for the answer; warn if it was cut."""
-    keep = max(1, block_size - room)
+    keep = block_size - room
     if len(ids) > keep:
         print(one_line(f"{where}: the prompt has {len(ids)} tokens, but the model has {block_size} "
                        f"positions and the answer needs up to {room}; cut the first "
@@ -72,7 +89,6 @@ def cut_prompt(ids: list[int], room: int, block_size: int, where: str) -> list[i
 
 
 # ----- scores ------------------------------------------------------------------------------------
-
 
 # name -> pattern whose first group is the answer
 EXTRACTIONS = {
@@ -96,15 +112,14 @@ def extract(text: str, how: str) -> str | None:
     match = EXTRACTIONS[how].fullmatch(text)
     if match is None:
         return None
-    found = match[1].strip()
-    return found.replace(",", "") if how == "gsm8k" else found
+    return match[1].replace(",", "") if how == "gsm8k" else match[1].strip()
 
 
 def score(answer: Answer, reference: str, how: str) -> dict[str, bool]:
     """Is it correct, is its format valid (only if it stopped), and did it stop by itself?"""
-    found = extract(answer.text, how) if answer.stopped else None
-    right = found is not None and found == extract(reference, how)
-    return {"right": right, "formed": found is not None, "stopped": answer.stopped}
+    part = extract(answer.text, how) if answer.stopped else None
+    right = part is not None and part == extract(reference, how)
+    return {"right": right, "formed": part is not None, "stopped": answer.stopped}
 
 
 def answer_samples(assistant: Assistant, pairs: list[tuple[list[int], list[int]]], ranks) -> dict:
@@ -138,7 +153,7 @@ def answer_samples(assistant: Assistant, pairs: list[tuple[list[int], list[int]]
 
 
 def tokenize_prompt_and_output(encoding, prompts: Sequence, outputs: Sequence) -> dict[str, Tensor]:
-    """input_ids, labels and response_mask, each (B, longest - 1), of prompts followed by outputs.
+    """input_ids, labels, and response_mask, each (B, longest - 1), of prompts followed by outputs.
 
     Prompts and outputs are strings, or ids if they contain special tokens. Each is encoded
     separately; the pair is concatenated and right-padded with <|endoftext|>. labels are the inputs
@@ -155,7 +170,8 @@ def tokenize_prompt_and_output(encoding, prompts: Sequence, outputs: Sequence) -
     longest = max((len(prompt) + len(output) for prompt, output in pairs), default=1)
     ids = torch.full((len(pairs), longest), encoding.eot_token)
     is_output = torch.zeros(len(pairs), longest, dtype=torch.bool)
-    for row, (prompt, output) in enumerate(pairs):
-        ids[row, : len(prompt) + len(output)] = torch.tensor(prompt + output, dtype=torch.long)
-        is_output[row, len(prompt) : len(prompt) + len(output)] = True
+    for i, (prompt, output) in enumerate(pairs):
+        end = len(prompt) + len(output)
+        ids[i, :end] = torch.tensor(prompt + output, dtype=torch.long)
+        is_output[i, len(prompt) : end] = True
     return {"input_ids": ids[:, :-1], "labels": ids[:, 1:], "response_mask": is_output[:, 1:]}

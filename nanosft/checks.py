@@ -1,0 +1,237 @@
+"""All that is refused before a run starts and while it trains."""
+
+import hashlib
+import importlib.util
+import itertools
+import math
+import os
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import filelock
+import torch
+import torch.distributed as dist
+
+from nanosft.cli import check_bounds
+from nanosft.errors import UserError, free_bytes
+from nanosft.fast import CHUNK_BYTES
+from nanosft.ranks import gather_objects, require_memory
+from nanosft.shards import check_empty
+from nanosft.weights import check_model_size, checkpoints, pad_vocab
+
+TOKEN_BYTES = 32  # of a token in a row: its id, label, weight and segment
+ADVICE = "lower --learning_rate, lengthen --warmup_steps or set --grad_clip 1"
+
+
+def check_flags(config, world_size: int) -> None:
+    """UserError for invalid or conflicting flags, before anything is loaded or written."""
+    check_bounds(config)
+    for name in ("n_layer", "n_head", "n_embd"):
+        if config.init != "scratch" and getattr(config, name) is not None:
+            raise UserError(f"--{name} {getattr(config, name)} is only for --init scratch; --init "
+                            f"{config.init} has its own size")
+    if config.wandb and importlib.util.find_spec("wandb") is None:
+        raise UserError(f"--wandb {config.wandb} needs a package; run `pip install wandb`")
+    at_once = config.batch_size * world_size
+    if config.rows_per_step % at_once:
+        raise UserError(f"--rows_per_step {config.rows_per_step} is not a multiple of --batch_size "
+                        f"{config.batch_size} x {world_size} ranks = {at_once}; try "
+                        f"{math.ceil(config.rows_per_step / at_once) * at_once}")
+    check_out(config)
+    if world_size > 1:
+        dist.barrier()  # every rank checks before any rank writes
+
+
+def check_out(config) -> None:
+    """UserError if --out is in use, holds a run that is not resumed, or something else."""
+    is_run = checkpoints(config.out) or (Path(config.out) / "run.json").exists()
+    if (Path(config.out) / "lock").exists():
+        lock(config.out).release()
+        is_run = True  # if only just begun
+    if not (config.resume and is_run):
+        check_empty(config.out, "choose another folder or, if it holds a run, use --resume")
+
+
+def lock(out: str | Path) -> filelock.BaseFileLock:
+    """OUT/lock, held until it is released or the process ends. UserError: who holds it."""
+    path, me = Path(out) / "lock", f"process {os.getpid()} on {socket.gethostname()}"
+    held = filelock.FileLock(path, fallback_to_soft=False)
+    try:
+        held.acquire(timeout=1)  # ranks that only check it hold it for an instant
+        path.write_text(me)
+    except filelock.Timeout as error:
+        holder = path.read_text() if os.name != "nt" else ""  # Windows lets no other process read
+        if holder != me:  # a failed run in this notebook may still hold it
+            raise UserError(f"--out {out} is in use by {holder or 'another run'}; stop it or "
+                            "choose another folder") from error
+    except (OSError, NotImplementedError):  # a file system without locks, or Windows: no writing
+        pass
+    return held
+
+
+# ----- the start of a run ------------------------------------------------------------------------
+
+# Flags that do not change what a run computes, so a resumed run may change them; for --epochs and
+# --max_steps, only the resulting number of steps matters.
+MAY_CHANGE = {"data", "out", "resume", "epochs", "max_steps", "max_minutes", "batch_size",
+              "eval_every", "eval_tokens", "eval_prompts", "save_every", "keep", "log_every",
+              "wandb", "device", "dtype", "dist_timeout", "compile"}
+
+
+def check_same_run(saved: dict, now: dict) -> list[str]:
+    """What differs from the saved run, as lines to print. UserError if it must not differ."""
+    changes = []
+    for key, value in now.items():
+        was = saved.get(key)
+        if was == value or key == "resume":
+            continue
+        if key == "data_sha256":
+            raise UserError("--resume: the data is not what the run in --out was trained on; use "
+                            "its --data or another --out")
+        if key not in MAY_CHANGE:
+            raise UserError(f"--resume: {key} is {value}, but {was} in the run in --out; use the "
+                            "run's own flags or another --out")
+        changes.append(f"{key} is {value} (was {was})")
+    return changes
+
+
+def check_start(gpt, config, run, ranks, n_vocab: int) -> str:
+    """What memory a run.Run needs, to be printed. UserError if data, model, machine or the ranks do
+    not fit together. n_vocab: of the data's encoding."""
+    check_fit(gpt.config, config, run.meta, n_vocab)
+    check_ranks(run.identity, run.done)
+    check_disk(run, gpt)
+    return check_memory(gpt.config, config, ranks)
+
+
+def check_fit(sizes, config, meta: dict, n_vocab: int) -> None:
+    """UserError if the data's vocabulary or row length does not fit the model."""
+    if meta["vocab_size"] != n_vocab:
+        raise UserError(f"{config.data}/meta.json: damaged (vocab_size is {meta['vocab_size']}, "
+                        f"but {meta['encoding']} has {n_vocab} ids); make the data again")
+    if sizes.vocab_size != pad_vocab(n_vocab):
+        raise UserError(f"--data {config.data} needs {pad_vocab(n_vocab)} ids ({meta['encoding']}, "
+                        f"padded), but the model has {sizes.vocab_size}; make the data with the "
+                        "model's encoding")
+    if config.block_size > sizes.block_size:
+        raise UserError(f"--block_size {config.block_size} is above the model's "
+                        f"{sizes.block_size}; lower it")
+
+
+def check_ranks(run: dict, done: int) -> None:
+    """UserError if the ranks are about to train different runs; only their paths may differ."""
+    data = hashlib.sha256("".join(run["data_sha256"]).encode()).hexdigest()[:12]
+    everyone = gather_objects((socket.gethostname(), {"step": done} | run | {"data_sha256": data}))
+    host, first = everyone[0]
+    for rank, (other_host, theirs) in enumerate(everyone):
+        for key, value in first.items():
+            if key not in ("data", "out") and theirs.get(key) != value:
+                raise UserError(f"rank {rank} on {other_host} has {key} {theirs.get(key)}, but "
+                                f"rank 0 on {host} has {value}; use the same flags and data "
+                                "everywhere, and for --resume an --out that all machines share")
+
+
+def checkpoint_bytes(model: torch.nn.Module) -> int:
+    """Size of a checkpoint: float32 weights and Adam's two moments."""
+    return 12 * sum(p.numel() for p in model.parameters())
+
+
+def check_disk(run, model: torch.nn.Module) -> None:
+    """UserError if rank 0's disk cannot take a checkpoint and the one that replaces it."""
+    free = gather_objects(free_bytes(run.out))[0]
+    need = checkpoint_bytes(model) * (1 if run.done else 2)
+    if free < need:
+        raise UserError(f"--out {run.out}: {free / 1e6:,.1f} MB free, but a checkpoint and its "
+                        f"temporary copy need {need / 1e6:,.1f} MB; free some space")
+
+
+def require_row(block_size: int) -> None:
+    """UserError if a row of chats does not fit."""
+    require_memory(TOKEN_BYTES * block_size, f"--block_size {block_size}")
+
+
+def check_memory(sizes, config, ranks) -> str:
+    """What a rank needs at its peak, as a line to print. UserError if it has less.
+
+    Weights, gradients and AdamW's two moments take 16 bytes a parameter. A layer keeps about 17 * C
+    values per token for the backward pass (2 bytes each in bfloat16); the loss holds a chunk of
+    logits and its softmax, and so does evaluation.
+    """
+    L, C, at_once = sizes.n_layer, sizes.n_embd, config.batch_size * config.block_size  # tokens
+    kept = at_once * L * 17 * C * (2 if ranks.dtype == "bfloat16" else 4)
+    chunk = min(CHUNK_BYTES["cpu" if ranks.device.type == "cpu" else "cuda"],
+                4 * at_once * sizes.vocab_size)
+    rows = TOKEN_BYTES * config.block_size * config.rows_per_step / ranks.world_size
+    need = require_memory(
+        16 * check_model_size(sizes) + kept + 2 * chunk + rows,
+        f"--batch_size {config.batch_size} and --rows_per_step {config.rows_per_step} of "
+        f"--block_size {config.block_size} with n_layer {L}, n_embd {C}", ranks.device)
+    return f"about {need} ({ranks.device.type})"
+
+
+# ----- numbers that are not finite ---------------------------------------------------------------
+
+
+def check_step(metrics: dict, batches: list, rows, config, gpt, forward: Callable, ranks,
+               decode: Callable, is_kept: bool) -> None:
+    """UserError, the same on all ranks, if the loss or the gradient norm is not finite, or if
+    is_kept (the weights will be saved or judged) and the new weights give no finite loss."""
+    step, loss, norm = (metrics[key] for key in ("step", "loss", "grad_norm"))
+    if not math.isfinite(loss + norm):
+        named = bad_examples(step, batches, rows, config, gpt, forward, ranks, decode)
+        raise UserError(f"step {step}: the loss is {loss}, the gradient norm {norm}; the weights "
+                        f"are unchanged; {ADVICE}; not finite: "
+                        f"{', '.join(named) or 'no example alone'}")
+    if is_kept:
+        loss = torch.tensor(loss_of(batches[0], gpt, forward, ranks), device=ranks.device)
+        if not ranks.sum(loss).isfinite():
+            raise UserError(f"step {step}: its weights are not saved, because they give a loss of "
+                            f"{loss.item()}; {ADVICE}")
+
+
+@torch.no_grad()
+def loss_of(batch, gpt, forward: Callable, ranks) -> float:
+    """The loss sum of a MicroBatch on this rank."""
+    with ranks.autocast():
+        return forward(gpt, *batch[:4]).item()
+
+
+def bad_examples(step: int, batches: list, rows, config, gpt, forward: Callable, ranks,
+                 decode: Callable) -> list[str]:
+    """Name and beginning of up to three examples (in pretraining: rows) of this step, over all
+    ranks, whose loss is not finite even on their own."""
+    epoch, step = divmod(step - 1, math.ceil(len(rows) / config.rows_per_step))
+    rows.set_epoch(epoch)  # fetching ahead may have moved it on
+    found = []
+    for m, batch in enumerate(batches):
+        if math.isfinite(loss_of(batch, gpt, forward, ranks)):
+            continue
+        mine = m * ranks.world_size + ranks.rank  # which micro-batch of the step, over all ranks
+        first = step * config.rows_per_step + mine * config.batch_size
+        for b, column, alone in examples_of(batch):
+            if (len(found) < 3 and first + b < len(rows)
+                    and not math.isfinite(loss_of(alone, gpt, forward, ranks))):
+                found.append(f"{rows.name_of(first + b, column)} "
+                             f"{decode(alone.x[0, :24].tolist())[:24]!r}")
+    return ranks.gather(found)[:3]
+
+
+def examples_of(batch) -> Iterator[tuple]:
+    """For each example of a MicroBatch: (its row, its first column, a MicroBatch of it alone)."""
+    for b, x in enumerate(batch.x):
+        segments = torch.zeros_like(x) if batch.segments is None else batch.segments[b]
+        for segment in segments[segments >= 0].unique():
+            columns = (segments == segment).nonzero()[:, 0]
+            x, y, weights = (t if t is None else t[b, columns][None] for t in batch[:3])
+            yield b, int(columns[0]), batch._replace(x=x, y=y, weights=weights, segments=None)
+
+
+def require_finite_state(where: str, model, optimizer: torch.optim.Optimizer) -> None:
+    """UserError with the name of a weight or an optimizer state that is infinite or NaN."""
+    names = {p: name for name, p in model.named_parameters()}
+    state = ((f"{key} of {names[p]}", value) for p, values in optimizer.state.items()
+             for key, value in values.items())
+    for name, tensor in itertools.chain(model.named_parameters(), state):
+        if not tensor.isfinite().all():
+            raise UserError(f"{where}: {name} holds a number that is not finite")

@@ -1,0 +1,276 @@
+"""The folder of a run, --out: checkpoints, metrics.jsonl, answers.jsonl, run.json and the lock."""
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import itertools
+import json
+import math
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import torch
+from annotated_types import Ge, Gt, Lt
+from tqdm import tqdm
+
+from nanosft import checks
+from nanosft.errors import UserError, explain_write_errors, flush, write_json, written_atomically
+from nanosft.ranks import Dtype
+from nanosft.shards import new_folder, verify, write_sums
+from nanosft.weights import checkpoints, newest_checkpoint
+
+VERSION = 2  # of training_state.pt
+PACKAGES = ("numpy", "tiktoken", "safetensors")  # whose versions run.json names
+CARD = Path(__file__).with_name("model_card.md")
+
+
+@dataclasses.dataclass(kw_only=True)
+class RunFlags:
+    """Flags of a training command that say how it runs, not what is learned."""
+
+    resume: bool = False
+    """continue from the latest checkpoint in --out, or start at step 0 if there is none"""
+    max_minutes: Annotated[float | None, Gt(0), Lt(5_000_000)] = None
+    """save a checkpoint and stop after this many minutes; continue with --resume"""
+    keep: Annotated[int, Ge(0)] = 0
+    """checkpoints to keep: the latest, plus the one with the lowest val_loss; 0: all"""
+    log_every: Annotated[int, Ge(1)] = 10
+    """steps between printed lines (metrics.jsonl has every step)"""
+    wandb: str | None = None
+    """also log to this Weights & Biases project (pip install wandb)"""
+    device: str = "auto"
+    """auto, cuda, mps or cpu"""
+    dtype: Dtype = "auto"
+    """of matrix products; weights stay float32. auto: bfloat16 on GPUs that support it;
+    CPUs without bfloat16 instructions emulate it, many times slower"""
+    dist_timeout: Annotated[float, Gt(0), Lt(5_000_000)] = 10
+    """minutes that a rank waits for the others; must exceed the time to save a checkpoint"""
+    compile: bool = False
+    """torch.compile the blocks: slower to start, faster steps on a GPU"""
+
+
+class Run:
+    """What identifies a run, its logs, and how it ends. Only rank 0 writes."""
+
+    def __init__(self, config, meta: dict, n_steps: int, ranks):
+        self.config, self.meta, self.n_steps, self.ranks = config, meta, n_steps, ranks
+        shards = [shard["sha256"] for split in meta["splits"].values() for shard in split["files"]]
+        self.identity = dataclasses.asdict(config) | {"steps": n_steps, "data_sha256": shards}
+        self.out, self.done = Path(config.out), 0  # done: steps before this start
+        self.opened, self.log, self.answers, self.wandb = contextlib.ExitStack(), None, None, None
+
+    @property
+    def newest(self) -> Path | None:
+        return newest_checkpoint(self.out)
+
+    def continue_from(self, state: dict) -> None:
+        """Start after the step of a training state. UserError if it is of another run."""
+        for change in checks.check_same_run(state["run"], self.identity):
+            self.ranks.print(f"resume: {change}")
+        self.done = state["step"]
+
+    def open(self) -> None:
+        """Lock the folder, write run.json and open metrics.jsonl.
+
+        The first row does this: a run that fails before it leaves no folder behind.
+        """
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.opened.callback(checks.lock(self.out).release)
+        write_run_json(self.out, self.identity)
+        self.log = self.open_log("metrics.jsonl")
+        if self.config.wandb:
+            import wandb
+
+            self.wandb = wandb.init(project=self.config.wandb, name=self.out.resolve().name,
+                                    dir=self.config.out, config=self.identity)
+            self.opened.callback(self.wandb.finish)
+
+    def open_log(self, name: str):
+        """Open to append, cut before the first row after the step that the run resumes from."""
+        path = self.out / name
+        rows = itertools.takewhile(lambda found: found[1]["step"] <= self.done, read_log(path))
+        kept = sum(len(line) for line, _ in rows)
+        file = path.open("a", buffering=1, encoding="utf-8")  # line-buffered: written at once
+        file.truncate(kept)
+        return self.opened.enter_context(file)
+
+    def write(self, metrics: dict) -> None:
+        """Add a step to metrics.jsonl, its answers, if any, to answers.jsonl; print some steps."""
+        if not self.ranks.is_main:
+            return
+        row, step = dict(metrics), metrics["step"]
+        with explain_write_errors(self.out, "free some space and use --resume"):
+            if self.log is None:
+                self.open()
+            for answer in row.pop("val_answers", []):
+                self.answers = self.answers or self.open_log("answers.jsonl")
+                line = json.dumps({"step": step, **answer}, ensure_ascii=False)
+                self.answers.write(line + "\n")
+            self.log.write(json.dumps(row) + "\n")
+        if self.wandb:
+            self.wandb.log(row, step=step)
+        is_shown = step in (self.done + 1, self.n_steps) or step % self.config.log_every == 0
+        if is_shown or "val_loss" in row:
+            line = (f"step {step:>6}/{self.n_steps}  loss {row['loss']:.4f}  lr {row['lr']:.2e}  "
+                    f"norm {row['grad_norm']:.2f}  {row['tokens_per_s']:,.0f} tok/s  ")
+            tqdm.write((line + self.format(row)).rstrip())
+            sys.stdout.flush()
+
+    @staticmethod
+    def format(metrics: dict) -> str:
+        """`name value` of each number of an evaluation."""
+        return "  ".join(f"{key} {value:.4f}" for key, value in metrics.items()
+                         if key.startswith("val_") and isinstance(value, float))
+
+    def card(self, metrics: dict) -> str:
+        """README.md of a checkpoint. metrics: of its step."""
+        flags = [f"{key}: {value}" for key, value in self.identity.items() if key != "data_sha256"]
+        return CARD.read_text("utf-8").format(
+            name=self.out.name, step=metrics["step"], steps=self.n_steps,
+            data=textwrap.indent(json.dumps(self.meta, indent=1), " " * 4),
+            results=f"loss {metrics['loss']:.4f}  {self.format(metrics)}".rstrip(),
+            command=shlex.join(sys.argv), flags=textwrap.indent("\n".join(flags), " " * 4),
+            block_size=self.config.block_size)
+
+    def finish(self, stopped: bool) -> None:
+        """Close the log, print what to do next, then leave the process group.
+
+        stopped: by a signal or by --max_minutes; the exit code says which.
+        """
+        self.opened.close()
+        if stopped:
+            self.ranks.print(f"stopped: {self.newest}; the same command with --resume continues "
+                             "the run")
+        else:
+            peak = peak_memory_gb(self.ranks.device)
+            self.ranks.print(f"done: {self.newest} (peak memory of rank 0: {peak:.2f} GB)")
+            loss, best = best_checkpoint(self.out)
+            why = f"  # the lowest val_loss, {loss:.4f}" if best else ""
+            model = shlex.quote(str(best or self.out))
+            self.ranks.print(f"next: python chat.py --model {model}{why}")
+        self.ranks.finish()
+        if stopped:
+            sys.exit(self.ranks.stop.exit_code())
+
+
+# ----- checkpoints -------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def new_checkpoint(out: str, step: int, model, optimizer: torch.optim.Optimizer, run: dict,
+                   keep: int = 0, card: str = "") -> Iterator[Path]:
+    """A temporary folder for the model's files that becomes OUT/step_000500 atomically, with
+    training_state.pt and README.md. UserError if a number in the state is not finite.
+
+    keep: how many of the latest checkpoints to leave in OUT, besides the best one; 0: all.
+    """
+    checks.require_finite_state(f"step {step} is not saved", model, optimizer)
+    state = {"version": VERSION, "step": step, "optimizer": optimizer.state_dict(), "run": run}
+    folder = Path(out) / f"step_{step:06d}"
+    for left_behind in Path(out).glob("step_*.tmp"):  # by a run that was killed while saving
+        shutil.rmtree(left_behind)
+    advice = (f"a checkpoint needs {checks.checkpoint_bytes(model) / 1e6:,.1f} MB, the last one is "
+              f"{newest_checkpoint(out)}; free some space and continue with --resume")
+    with explain_write_errors(folder, advice), new_folder(folder) as tmp:
+        yield tmp
+        if card:
+            (tmp / "README.md").write_text(card, encoding="utf-8")
+        torch.save(state, tmp / "training_state.pt")
+        write_sums(tmp, tmp.iterdir())
+        for path in [*Path(out).glob("*.jsonl"), *tmp.iterdir(), tmp]:
+            flush(path)
+    flush(folder.parent)
+    if keep:
+        _, best = best_checkpoint(out)
+        for old in {*checkpoints(out)[:-keep]} - {best}:
+            shutil.rmtree(old)
+
+
+def read_state(out: str) -> tuple[Path, dict]:
+    """The newest checkpoint of a run, and its training_state.pt: version, step, optimizer, run."""
+    folder = newest_checkpoint(out)
+    if folder is None:
+        raise UserError(f"--resume: {out} has no checkpoint")
+    path = folder / "training_state.pt"
+    try:
+        state = torch.load(verify(path), map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0].removeprefix(f"{path}: ")
+        raise UserError(f"{path}: missing or damaged ({reason}); delete {folder}") from error
+    version = state.get("version", 1) if isinstance(state, dict) else None
+    if version != VERSION:
+        raise UserError(f"--resume: {path} has format version {version}, expected {VERSION}; "
+                        f"start a new run with --init {folder}")
+    return folder, state
+
+
+def best_checkpoint(out: str | Path) -> tuple[float, Path | None]:
+    """The lowest val_loss at the step of a checkpoint, and that checkpoint; None: no evaluation."""
+    folders = {int(folder.name[5:]): folder for folder in checkpoints(out)}
+    found = [(row["val_loss"], folders[row["step"]])
+             for _, row in read_log(Path(out) / "metrics.jsonl")
+             if row["step"] in folders and row.get("val_loss", math.inf) < math.inf]
+    return min(found, default=(math.inf, None))
+
+
+def read_log(path: Path) -> Iterator[tuple[bytes, dict]]:
+    """(line, row) of a .jsonl file, without the half line at its end that a kill may leave."""
+    for number, line in enumerate(path.open("rb") if path.exists() else [], start=1):
+        if line.endswith(b"\n"):
+            try:
+                row = json.loads(line)
+                row["step"] = int(row["step"])
+            except (ValueError, OverflowError, TypeError, KeyError, RecursionError) as error:
+                raise UserError(f"{path} line {number}: damaged ({error}); delete the line or the "
+                                "file") from error
+            yield line, row
+
+
+def write_run_json(out: Path, run: dict) -> None:
+    """OUT/run.json: `run` (every flag and the data's sha256), and for each start of the run, the
+    first one and every --resume, its command and versions."""
+    path = out / "run.json"
+    try:
+        starts = json.loads(path.read_text())["starts"]
+    except (OSError, ValueError, KeyError):  # the first start, or a file damaged by a power loss
+        starts = []
+    starts.append({
+        "command": shlex.join(sys.argv),
+        "world_size": int(os.environ.get("WORLD_SIZE", 1)),
+        "git_commit": git_commit(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,  # names the CUDA version, too
+        **{name: importlib.metadata.version(name) for name in PACKAGES},
+    })
+    with written_atomically(path) as tmp:
+        write_json(tmp, run | {"starts": starts})
+
+
+def git_commit() -> str | None:
+    """The commit of this code, plus `-dirty` if files differ; None without git."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    except OSError:
+        return None
+    return found.stdout.strip() or None
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Peak memory of this process: allocated on the GPU if there is one, else resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    try:
+        import resource
+    except ImportError:  # Windows
+        return math.nan
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux kilobytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
