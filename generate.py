@@ -74,8 +74,9 @@ class Cache:
 
     def append(self, tokens: Tensor) -> Tensor:
         """Run one new token of each row, (B,) ids, through the network -> (B, C)."""
+        self.new = self.lengths  # (B,), the positions of the new tokens
         self.lengths, self.longest = self.lengths + 1, self.longest + 1
-        return self.run(tokens[:, None], self.lengths[:, None] - 1, self.attend_new)[:, 0]
+        return self.run(tokens[:, None], self.new[:, None], self.attend_new)[:, 0]
 
     def run(self, idx: Tensor, positions: Tensor | None, attend: Callable) -> Tensor:
         attends = [functools.partial(attend, i) for i in range(self.gpt.config.n_layer)]
@@ -89,11 +90,11 @@ class Cache:
 
     def attend_new(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q, k, v (B, n_head, 1, hs) of the new tokens -> (B, n_head, 1, hs)"""
-        positions, (keys, values) = self.lengths - 1, self.layers[layer]
-        keys[self.rows, :, positions] = k[:, :, 0]
-        values[self.rows, :, positions] = v[:, :, 0]
+        keys, values = self.layers[layer]
+        keys[self.rows, :, self.new] = k[:, :, 0]
+        values[self.rows, :, self.new] = v[:, :, 0]
         keys, values = keys[:, :, : self.longest], values[:, :, : self.longest]
-        return self.gpt.attend_cached(self.attention, q, keys, values, positions)
+        return self.gpt.attend_cached(self.attention, q, keys, values, self.new)
 
     def keep(self, rows: list[int]) -> None:
         """Keep only these rows."""

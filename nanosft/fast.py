@@ -58,6 +58,7 @@ def say(line: str) -> None:
         print(line)
 
 
+@torch.enable_grad()
 def agree(module: nn.Module, other: type, trial) -> bool:
     """Does trial(module), a list of tensors or None, give the same if its class is `other`?"""
     results, own, precision = [], type(module), torch.get_float32_matmul_precision()
@@ -159,9 +160,10 @@ class Fast:
 
     def attend_cached(self, attend, q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
         mask, last = None, k.size(2) - 1
-        if positions.is_cuda or positions.min() < last:  # (B, 1, 1, n)
-            seen = torch.arange(last + 1, device=q.device) <= positions[:, None]
-            mask = seen[:, None, None]
+        # the longest row, so also a single one, sees all keys
+        if len(positions) > 1 and (positions.is_cuda or positions.min() < last):
+            seen = torch.arange(last + 1, device=q.device) <= positions[:, None]  # (B, n)
+            mask = seen[:, None, None]  # (B, 1, 1, n)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
     def nll_sum(self, x: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -361,14 +363,15 @@ class FewRows(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., C) -> (..., n_out)"""
-        (n_out, C), rows = self.weight.shape, x.numel() // x.size(-1)
+        n_out, C, weight, bias = self.out_features, self.in_features, self.weight, self.bias
+        rows = x.numel() // C
         if torch.is_grad_enabled() or x.is_cuda or not 0 < rows <= MAX_ROWS:
             return super().forward(x)
         if rows == 1:
             n = math.gcd(n_out, SLICES)
-            slices = self.weight.view(n, -1, C).mT  # (n, C, n_out / n)
-            y = torch.bmm(x.reshape(1, 1, C).expand(n, 1, C), slices).view(1, n_out)
+            slices = weight.view(n, -1, C).mT  # (n, C, n_out / n)
+            y = torch.bmm(x.expand(n, 1, C), slices)  # (n, 1, n_out / n)
         else:
-            y = (self.weight @ x.reshape(rows, C).T).T  # (rows, n_out), in memory (n_out, rows)
-        y = y if self.bias is None else (y + self.bias).contiguous()
-        return y.view(*x.shape[:-1], n_out)
+            y = (weight @ x.reshape(rows, C).T).T  # (rows, n_out), in memory (n_out, rows)
+        y = y.view(*x.shape[:-1], n_out)
+        return y if bias is None else (y + bias).contiguous()

@@ -198,10 +198,14 @@ def test_fast_forms_keep_no_tensor():
     assert fast.speed_up(twin) is twin and type(twin).__mro__.count(fast.Fast) == 1
 
 
-def test_speed_up_leaves_weights_gradients_and_the_global_random_state_alone():
+@pytest.mark.parametrize("with_gradients", [True, False])
+def test_speed_up_leaves_weights_gradients_and_the_global_random_state_alone(
+        with_gradients, capsys):
     model, state = tiny_model(), torch.get_rng_state()
     before, config = [p.clone() for p in model.parameters()], model.config
-    fast.speed_up(model)
+    with torch.set_grad_enabled(with_gradients):
+        fast.speed_up(model)
+    assert not capsys.readouterr().out and isinstance(model.lm_head, fast.FewRows)
     assert torch.equal(state, torch.get_rng_state()) and model.config is config
     assert model.lm_head.weight is model.transformer.wte.weight
     for p, q in zip(model.parameters(), before, strict=True):
