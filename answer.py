@@ -59,13 +59,14 @@ def load_assistant(name: str, device: str | torch.device = "cpu") -> Assistant:
         raise UserError(f"{name}: the model has {model.config.vocab_size} ids, but its encoding "
                         f"{encoding_name} has {pad_vocab(encoding.n_vocab)} with padding; fix "
                         "`encoding` in its config.json")
-    model.config.n_vocab = min(model.config.n_vocab, encoding.n_vocab)  # decode knows no others
+    # decode() fails on ids beyond these
+    model.config.n_vocab = min(model.config.n_vocab, encoding.n_vocab)
     return Assistant(fast.speed_up(model), encoding, template)
 
 
 def save_model(folder: str | Path, model: GPT, encoding: str | None = None,
                template: str | None = None, **settings) -> None:
-    """Write a model and, if its encoding is named, the files of nanosft/hf_tokenizer.py.
+    """Write a model and, if an encoding is given, its tokenizer files (nanosft/hf_tokenizer.py).
 
     template None: without chat templates. settings: extra keys of config.json.
     """

@@ -36,7 +36,7 @@ class Config:
     out: str
     """folder for the shards; must be new or empty"""
     source: tuple[str, ...] = ("HuggingFaceFW/fineweb-edu",)
-    """.txt, .jsonl, .json or .parquet files (rows need a `text`), or hub ID[:CONFIG[:SPLIT]]"""
+    """.txt, .jsonl, .json, or .parquet files (rows need a `text`), or hub ID[:CONFIG[:SPLIT]]"""
     subset: str | None = None
     """the hub dataset's configuration (default for FineWeb-Edu: sample-10BT)"""
     encoding: EncodingName = "gpt2"

@@ -2,7 +2,7 @@
 
 The network is model.py's own: `GPT.hidden` walks the blocks for the prompts and then for one new
 token per row. The cache only supplies the keys and values of the tokens before it. So a change to a
-layer, to the attention or to the logits changes generation, too.
+layer, to the attention, or to the logits changes generation, too.
 
 Shapes: B rows, C = n_embd, hs = C / n_head, n keys so far.
 """
@@ -74,9 +74,9 @@ class Cache:
 
     def append(self, tokens: Tensor) -> Tensor:
         """Run one new token of each row, (B,) ids, through the network -> (B, C)."""
-        self.new = self.lengths  # (B,), the positions of the new tokens
+        self.new_at = self.lengths  # (B,), the positions of the new tokens
         self.lengths, self.longest = self.lengths + 1, self.longest + 1
-        return self.run(tokens[:, None], self.new[:, None], self.attend_new)[:, 0]
+        return self.run(tokens[:, None], self.new_at[:, None], self.attend_new)[:, 0]
 
     def run(self, idx: Tensor, positions: Tensor | None, attend: Callable) -> Tensor:
         attends = [functools.partial(attend, i) for i in range(self.gpt.config.n_layer)]
@@ -91,10 +91,10 @@ class Cache:
     def attend_new(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q, k, v (B, n_head, 1, hs) of the new tokens -> (B, n_head, 1, hs)"""
         keys, values = self.layers[layer]
-        keys[self.rows, :, self.new] = k[:, :, 0]
-        values[self.rows, :, self.new] = v[:, :, 0]
+        keys[self.rows, :, self.new_at] = k[:, :, 0]  # (B, n_head, hs)
+        values[self.rows, :, self.new_at] = v[:, :, 0]
         keys, values = keys[:, :, : self.longest], values[:, :, : self.longest]
-        return self.gpt.attend_cached(self.attention, q, keys, values, self.new)
+        return self.gpt.attend_cached(self.attention, q, keys, values, self.new_at)
 
     def keep(self, rows: list[int]) -> None:
         """Keep only these rows."""
@@ -106,9 +106,9 @@ class Cache:
 def attend_cached(attend: Callable, q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
     """One query per row, at positions (B,): q (B, n_head, 1, hs), k and v (B, n_head, n, hs).
 
-    `attend` is the model's attention function and takes as many queries as keys, so each row gets
-    its query n times, and we take the output at its own position, where the function lets it see
-    the keys up to itself. The fast form computes that one only.
+    `attend`, the model's attention function, needs as many queries as keys: repeat each row's query
+    n times and keep the output at its own position, which sees exactly the keys up to itself. The
+    fast form computes only that output.
     """
     y = attend(q.expand_as(k), k, v)  # (B, n_head, n, hs)
     return y[torch.arange(len(y), device=y.device), :, positions][:, :, None]

@@ -4,9 +4,9 @@ It knows nothing about chats or fine-tuning: pretraining and SFT call the same `
 (B, T) ids. `segments` numbers the examples that share a row: they do not attend to each other, and
 positions start at 0 in each, so a packed example gets the same logits as it would alone.
 
-What you read here is what runs. nanosft/fast.py can replace three of GPT's functions by faster ones
-with the same result; generate.py calls the same `hidden` and `logits`. So whatever you change here
-changes training, evaluation and generation.
+What you read here is what runs. nanosft/fast.py can replace three of GPT's functions, and linear
+layers, with faster ones that gave the same result when compared; generate.py calls the same
+`hidden` and `logits`. So what you change here changes training, evaluation, and generation.
 
 Shapes: B rows, T tokens, C = n_embd, hs = C / n_head, V = vocab_size, N = non-ignored targets.
 
@@ -215,7 +215,7 @@ class GPT(nn.Module):
     def nll_sum(self, x: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
         """The loss: x (B, T, C), targets and weights (B, T) -> sum of weight * nll, in nats.
 
-        The head runs only where a target counts. These N rows of logits are still GPT-2's largest
+        The head runs only at targets in the loss. These N rows of logits are still GPT-2's largest
         tensor by far; the fast form computes the same in chunks of them.
         """
         kept = (targets != IGNORE_INDEX).to(x.device)  # (B, T), N of them True
@@ -228,8 +228,8 @@ class GPT(nn.Module):
 
     @contextlib.contextmanager
     def count_hits(self) -> Iterator[Tensor]:
-        """For evaluation: inside this context `nll_sum` adds to (2,) int64: how many targets were
-        the most likely id, and how many there were."""
+        """For evaluation: within this context, `nll_sum` adds to two counts, (2,) int64: targets
+        that were the most likely id, and all targets in the loss."""
         self.hits = torch.zeros(2, dtype=torch.long, device=self.lm_head.weight.device)
         try:
             yield self.hits

@@ -94,7 +94,8 @@ def check_plan(lengths: np.ndarray, block_size: int, layout: str, rows_per_step:
 def stream(total: int, block_size: int, drop_last: bool) -> tuple[np.ndarray, np.ndarray]:
     """Where rows begin and stop in `total` tokens, (rows,) each: neighboring rows share an id.
 
-    Nothing predicts a row's first token, so it has two or more, unless there is only one in all.
+    Nothing predicts a row's first token, so a row has at least two, unless there is only one token
+    in total.
     """
     last = total - block_size if drop_last else min(total, max(total - 1, 1))
     begins = np.arange(0, last, block_size)
@@ -172,13 +173,13 @@ def nearest_subset(counts: dict[int, int], space: int) -> list[int]:
     sums, mask, trail = 1, (1 << (space + 1)) - 1, []
     for length, n in counts.items():
         for _ in range(min(n, space // length)):
-            trail.append((length, sums))  # one more copy, and the sums without it
+            trail.append((length, sums))  # one more of this length, and the sums without it
             sums |= (sums << length) & mask
         if sums >> space:
             break  # exactly full
     total, chosen = sums.bit_length() - 1, []
     for length, before in reversed(trail):
-        if not (before >> total) & 1:  # this copy is needed
+        if not (before >> total) & 1:  # the total needs this one
             chosen.append(length)
             total -= length
     return chosen

@@ -50,7 +50,8 @@ class Config(Showing, Reading):  # and --show and its flags; --subset, --columns
 
     # the rows
     source: tuple[str, ...] = ()
-    """.jsonl, .json or .parquet files, or hub datasets as ID[:CONFIG[:SPLIT]]; SOURCE*N: N times"""
+    """.jsonl, .json, or .parquet files, or hub datasets as ID[:CONFIG[:SPLIT]];
+    SOURCE*N: N times"""
     val_source: tuple[str, ...] = ()
     """rows of the validation split; default: --val_fraction of --source"""
     val_fraction: Annotated[float, Ge(0), Lt(1)] = 0.05
@@ -185,13 +186,13 @@ class SFTDataset(Dataset):
         In order: ids, loss weights in percent, segments, numbers of the examples in the data.
         """
         pieces = []
-        for segment, (example, start, stop) in enumerate(self.plan[i]):
-            number = self.numbers[example]
+        for segment, (k, start, stop) in enumerate(self.plan[i]):
+            number = self.numbers[k]  # the k-th example in use
             ids, weights = self.piece(number, start, stop, self.loss_on)
             if self.isolate or self.layout != "stream":
                 weights[0] = 0  # never train across an example boundary
-            segment = segment if self.isolate else 0
-            pieces.append([ids, weights, np.full_like(ids, segment), np.full_like(ids, number)])
+            segments = np.full_like(ids, segment if self.isolate else 0)
+            pieces.append([ids, weights, segments, np.full_like(ids, number)])
         return np.concatenate(pieces, axis=1)
 
     def name_of(self, i: int, column: int) -> str:
@@ -261,6 +262,7 @@ def write_splits(config: Config, folder: Path, report: Report) -> dict[str, dict
     """Write the shards of --source and --val_source; returns {split: its entry in meta.json}."""
     names = ["train", "val"] if config.val_source or config.val_fraction else ["train"]
     writers = {name: ShardWriter(folder, name, config.shard_tokens) for name in names}
+    # also rejects bad rows, picks the validation rows, and runs --workers processes
     examples = map_splits(example_of, config, report, ROWS_PER_CHUNK)
     bar = tqdm(examples, unit="ex", unit_scale=True, disable=None)  # None: TTY only
     for split, source, example in bar:

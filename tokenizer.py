@@ -25,7 +25,7 @@ END_OF_TEXT = "<|endoftext|>"
 # In id order. GPT-2's vocabulary ends with <|endoftext|> (50256); the other four take the next ids,
 # which are free because the vocabulary is padded to a multiple of 64, so the model needs no change.
 SPECIALS = (END_OF_TEXT, "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
-KEPT_ANSWER = 65535  # stored weight of an answer that is context under any --loss_on
+KEPT_ANSWER = 65535  # stored instead of 0 for an answer that is context under any --loss_on
 
 EncodingName = Literal["gpt2", "bytes"]
 Template = Literal["chat", "alpaca", "raw"]

@@ -31,7 +31,6 @@ from answer import save_model
 from model import GPT, IGNORE_INDEX, GPTConfig
 from nanosft import checks, fast
 from nanosft.cli import run_cli
-from nanosft.errors import UserError
 from nanosft.ranks import Ranks, setup_distributed
 from nanosft.run import Run, RunFlags, new_checkpoint, read_state
 from nanosft.shards import Shards, read_meta
@@ -90,8 +89,8 @@ class Config(RunFlags):  # and --resume, --device, --compile, …: how it runs
 
 
 class MicroBatch(NamedTuple):
-    """The rows of one forward pass on one rank. They stay on the CPU, where counting does not wait
-    for a GPU; the model copies what it needs to its device."""
+    """The rows of one forward pass on one rank. They stay on the CPU, so counting never forces a
+    GPU sync; the model copies what it needs to its device."""
 
     x: Tensor  # (B, T) int64
     y: Tensor  # (B, T) int64, -100 where ignored
@@ -110,15 +109,12 @@ class MicroBatch(NamedTuple):
 class TokenRows(Dataset):
     """Row i of a split is its tokens i*T to i*T + T: T inputs and T targets, shifted by one.
 
-    What `train` needs of a dataset of rows is what this one has; SFTDataset has the same.
+    It has everything that `train` needs from a dataset; so does SFTDataset.
     """
 
     def __init__(self, data: str, split: str, block_size: int):
-        self.shards, self.block_size = Shards(data, split, "text"), block_size
+        self.shards, self.block_size = Shards(data, split, "text", block_size), block_size
         self.meta = self.shards.meta
-        if not len(self):
-            raise UserError(f"--data {data}: the {split} split has {len(self.shards)} tokens, but "
-                            f"a row of --block_size {block_size} needs {block_size + 1}; lower it")
 
     def set_epoch(self, epoch: int) -> None:
         """Every epoch reads the text in the same order."""
@@ -185,7 +181,7 @@ def load_steps(rows: Dataset, config: Config, ranks: Ranks, done: int,
 
 def eval_batches(val: Dataset, config: Config, ranks: Ranks) -> Iterator[MicroBatch]:
     """This rank's share of --eval_tokens of the validation split, in evenly spaced rows: the middle
-    one of each of n equal parts, because in `bucket` the first rows would be the shortest."""
+    row of each of n equal parts: in `bucket` the first rows are the shortest."""
     n = min(len(val), max(1, config.eval_tokens // config.block_size))
     mine = [(2 * i + 1) * len(val) // (2 * n) for i in range(ranks.rank, n, ranks.world_size)]
     for start in range(0, len(mine), config.batch_size):
@@ -225,7 +221,7 @@ def forward_text(model, x, y, weights=None, segments=None) -> Tensor:
 
 
 def count_step(micro_batches: list[MicroBatch], ranks: Ranks) -> Tensor:
-    """(4,) int64 over all ranks: weight in percent, tokens, trained tokens, requests to stop."""
+    """(4,) int64 over all ranks: weight in percent, tokens, supervised tokens, requests to stop."""
     counts = torch.tensor([0, 0, 0, ranks.stop.asked()])
     for batch in micro_batches:
         trained = int((batch.y != IGNORE_INDEX).sum())
@@ -237,14 +233,15 @@ def train_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer,
                micro_batches: list[MicroBatch], lr: float, grad_clip: float, ranks: Ranks,
                forward: Callable = forward_text,
                meanwhile: Callable = lambda: None) -> dict[str, float]:
-    """One optimizer step; its loss and gradient are means over the trained tokens of all ranks.
+    """One optimizer step; its loss and gradient are means over the supervised tokens of all ranks.
 
     The mean is over the whole step, so its divisor must be known before the first backward pass:
     dividing each micro-batch by its own count would give tokens of short answers more weight.
     meanwhile() runs while the device works: `train` prepares the next rows there.
     """
     counts = count_step(micro_batches, ranks)
-    total_weight = torch.where(counts[0] > 0, counts[0] / 100, 1.0)  # avoid 0/0: nothing counts
+    # avoid 0/0 when nothing is supervised
+    total_weight = torch.where(counts[0] > 0, counts[0] / 100, 1.0)
 
     loss = torch.zeros((), device=ranks.device)
     for i, batch in enumerate(micro_batches):
@@ -273,7 +270,7 @@ def train_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer,
 @torch.no_grad()
 def evaluate(model: GPT, batches: Iterable[MicroBatch], ranks: Ranks,
              forward: Callable = GPT.__call__) -> dict[str, float]:
-    """val_loss in nats and val_accuracy per trained token, over the batches of all ranks.
+    """val_loss in nats and val_accuracy per supervised token, over the batches of all ranks.
 
     model: the GPT itself, because ranks have different numbers of batches, which DDP cannot take.
     forward: as in `train`; by default model(x, y, weights, segments).
@@ -287,7 +284,8 @@ def evaluate(model: GPT, batches: Iterable[MicroBatch], ranks: Ranks,
             percent += batch.weight_percent()
     percent = ranks.sum(torch.tensor(percent, device=ranks.device)).item()
     loss, (right, counted) = ranks.sum(loss).item(), ranks.sum(hits).tolist()
-    accuracy = {"val_accuracy": right / counted} if counted else {}  # a changed loss may not count
+    # a custom loss may not count hits
+    accuracy = {"val_accuracy": right / counted} if counted else {}
     return {"val_loss": loss / max(percent / 100, 1e-9), **accuracy}
 
 
@@ -314,12 +312,12 @@ def save_checkpoint(out: str, step: int, model: GPT, optimizer: torch.optim.Opti
                     keep: int = 0, card: str = "", **settings) -> Path:
     """OUT/step_000500: a Hugging Face folder plus training_state.pt, written atomically.
 
-    run: what identifies it. keep: how many checkpoints to leave in OUT besides the best; 0: all.
-    card: the text of README.md. settings: `encoding` and `template`, if any, and extra keys of
-    config.json.
+    run: the dict that identifies the run. keep: how many checkpoints to leave in OUT besides the
+    best; 0: all. card: the text of README.md. settings: `encoding` and `template`, if any, and
+    extra keys of config.json.
     """
     with new_checkpoint(out, step, model, optimizer, run, keep, card) as folder:
-        save_model(folder, model, **settings)  # weights, config and tokenizer
+        save_model(folder, model, **settings)  # weights, config, and tokenizer
     return Path(out) / f"step_{step:06d}"
 
 
@@ -352,7 +350,7 @@ def train(config: Config, open_rows: Callable, forward: Callable, judge: Callabl
     checks.check_flags(config, ranks.world_size)
     rows, val = open_rows(config, "train"), open_rows(config, "val")
     n_steps = config.max_steps or config.epochs * steps_per_epoch(rows, config)
-    run = Run(config, rows.meta, n_steps, ranks)
+    run = Run(config, rows.meta, n_steps, ranks)  # what identifies it; its logs and its end
 
     # --- 2. model and optimizer, new or resumed ---
     if config.resume and run.newest:
@@ -389,7 +387,7 @@ def train(config: Config, open_rows: Callable, forward: Callable, judge: Callabl
     # --- 4. train ---
     ranks.print(f"start  {run.format(assess())}")
     ranks.stop.listen(config.max_minutes)
-    # they select the checkpoint's tokenizer files; chat.py finds them in its config.json
+    # these select the tokenizer files to save; chat.py reads them back from config.json
     rendering = {key: rows.meta[key] for key in ("encoding", "template") if key in rows.meta}
     steps = fast.Prefetcher(load_steps(rows, config, ranks, run.done), n_steps - run.done)
     clock = time.perf_counter()
@@ -402,13 +400,14 @@ def train(config: Config, open_rows: Callable, forward: Callable, judge: Callabl
         stops = ranks.stop.agree(metrics.pop("stop_requests"))  # on all ranks at the same step
         metrics["dt"] = time.perf_counter() - clock
         metrics["tokens_per_s"] = metrics["tokens"] / metrics["dt"]
-        saves = is_due(step, config.save_every, step if stops else n_steps)
         evaluates = is_due(step, config.eval_every, n_steps)
+        saves = stops or is_due(step, config.save_every, n_steps)
+        # ends the run at a loss that is not finite, or before unusable weights are saved or judged
         checks.check_step(metrics, batches, rows, config, gpt, forward, ranks, encoding.decode,
                           is_kept=saves or evaluates)
         if evaluates:
             metrics |= assess()
-        clock = time.perf_counter()  # dt includes loading, logging and saving, but not evaluation
+        clock = time.perf_counter()  # dt includes loading, logging, and saving, but not evaluation
         run.write(metrics)
         if saves and ranks.is_main:
             save_checkpoint(config.out, step, gpt, optimizer, run.identity, config.keep,

@@ -9,7 +9,7 @@ attend to each other; and the model is judged by its answers. Everything else is
 """
 
 import dataclasses
-from typing import Annotated, Literal
+from typing import Annotated
 
 from annotated_types import Ge
 from torch import Tensor
@@ -19,8 +19,9 @@ from model import GPT
 from nanosft.cli import run_cli
 from nanosft.ranks import Ranks
 from nanosft.shards import read_meta
-from sft_data import SFTDataset
-from tokenizer import get_encoding
+from packing import Layout
+from sft_data import Overlong, SFTDataset
+from tokenizer import LossOn, get_encoding
 from train_gpt2 import Config as PretrainingConfig, train  # the loop stays the same
 
 
@@ -46,13 +47,13 @@ class Config(PretrainingConfig):
     """AdamW's, on matrices only"""
     save_every: int = 500  # SFT: a shorter run
     """steps between checkpoints; 0: only at the end"""
-    layout: Literal["stream", "fit", "pad", "bucket"] = "fit"
+    layout: Layout = "fit"
     """how examples share rows; see packing.py"""
     isolate: bool = True
     """examples in one row do not attend to each other"""
-    loss_on: Literal["response", "all"] = "response"
+    loss_on: LossOn = "response"
     """which targets are in the loss; all: prompts as well"""
-    overlong: Literal["drop", "truncate", "error"] = "truncate"
+    overlong: Overlong = "truncate"
     """what to do with an example longer than a row (T + 1 ids)"""
     max_examples: Annotated[int | None, Ge(1)] = None
     """train on only the first N examples; default: all"""

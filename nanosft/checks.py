@@ -1,4 +1,4 @@
-"""All that is refused before a run starts and while it trains."""
+"""Everything that is refused before a run starts or while it trains."""
 
 import hashlib
 import importlib.util
@@ -20,8 +20,8 @@ from nanosft.ranks import gather_objects, require_memory
 from nanosft.shards import check_empty
 from nanosft.weights import check_model_size, checkpoints, pad_vocab
 
-TOKEN_BYTES = 32  # of a token in a row: its id, label, weight and segment
-ADVICE = "lower --learning_rate, lengthen --warmup_steps or set --grad_clip 1"
+TOKEN_BYTES = 32  # of a token in a row: its id, label, weight, and segment
+ADVICE = "lower --learning_rate, lengthen --warmup_steps, or set --grad_clip 1"
 
 
 def check_flags(config, world_size: int) -> None:
@@ -44,7 +44,7 @@ def check_flags(config, world_size: int) -> None:
 
 
 def check_out(config) -> None:
-    """UserError if --out is in use, holds a run that is not resumed, or something else."""
+    """UserError if --out is in use, holds a run but --resume is not set, or holds other files."""
     is_run = checkpoints(config.out) or (Path(config.out) / "run.json").exists()
     if (Path(config.out) / "lock").exists():
         lock(config.out).release()
@@ -58,7 +58,7 @@ def lock(out: str | Path) -> filelock.BaseFileLock:
     path, me = Path(out) / "lock", f"process {os.getpid()} on {socket.gethostname()}"
     held = filelock.FileLock(path, fallback_to_soft=False)
     try:
-        held.acquire(timeout=1)  # ranks that only check it hold it for an instant
+        held.acquire(timeout=1)  # a rank that only checks the lock holds it for an instant
         path.write_text(me)
     except filelock.Timeout as error:
         holder = path.read_text() if os.name != "nt" else ""  # Windows lets no other process read
@@ -87,8 +87,8 @@ def check_same_run(saved: dict, now: dict) -> list[str]:
         if was == value or key == "resume":
             continue
         if key == "data_sha256":
-            raise UserError("--resume: the data is not what the run in --out was trained on; use "
-                            "its --data or another --out")
+            raise UserError("--resume: this is not the data of the run in --out; pass that run's "
+                            "--data or choose another --out")
         if key not in MAY_CHANGE:
             raise UserError(f"--resume: {key} is {value}, but {was} in the run in --out; use the "
                             "run's own flags or another --out")
@@ -97,8 +97,8 @@ def check_same_run(saved: dict, now: dict) -> list[str]:
 
 
 def check_start(gpt, config, run, ranks, n_vocab: int) -> str:
-    """What memory a run.Run needs, to be printed. UserError if data, model, machine or the ranks do
-    not fit together. n_vocab: of the data's encoding."""
+    """The memory that a run needs, as text to print. UserError if data, model, machine, and ranks
+    do not fit together. n_vocab: of the data's encoding."""
     check_fit(gpt.config, config, run.meta, n_vocab)
     check_ranks(run.identity, run.done)
     check_disk(run, gpt)
@@ -154,9 +154,9 @@ def require_row(block_size: int) -> None:
 def check_memory(sizes, config, ranks) -> str:
     """What a rank needs at its peak, as a line to print. UserError if it has less.
 
-    Weights, gradients and AdamW's two moments take 16 bytes a parameter. A layer keeps about 17 * C
-    values per token for the backward pass (2 bytes each in bfloat16); the loss holds a chunk of
-    logits and its softmax, and so does evaluation.
+    Weights, gradients, and AdamW's two moments take 16 bytes a parameter. A layer keeps about
+    17 * C values per token for the backward pass (2 bytes each in bfloat16); the loss holds a
+    chunk of logits and its softmax, and so does evaluation.
     """
     L, C, at_once = sizes.n_layer, sizes.n_embd, config.batch_size * config.block_size  # tokens
     kept = at_once * L * 17 * C * (2 if ranks.dtype == "bfloat16" else 4)
@@ -182,7 +182,7 @@ def check_step(metrics: dict, batches: list, rows, config, gpt, forward: Callabl
         named = bad_examples(step, batches, rows, config, gpt, forward, ranks, decode)
         raise UserError(f"step {step}: the loss is {loss}, the gradient norm {norm}; the weights "
                         f"are unchanged; {ADVICE}; not finite: "
-                        f"{', '.join(named) or 'no example alone'}")
+                        f"{', '.join(named) or 'no single example on its own'}")
     if is_kept:
         loss = torch.tensor(loss_of(batches[0], gpt, forward, ranks), device=ranks.device)
         if not ranks.sum(loss).isfinite():

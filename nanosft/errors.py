@@ -14,7 +14,7 @@ NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class UserError(ValueError):
-    """Something the user can fix. The message names the file, row or flag, and what to do."""
+    """Something the user can fix. The message names the file, row, or flag, and what to do."""
 
 
 def require_choice(name: str, value, choices) -> None:

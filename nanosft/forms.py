@@ -72,7 +72,7 @@ def read_chat(names: list[str], values: list, unused: dict) -> list[dict]:
 
 
 def read_pair(names: list[str], values: list, unused: dict) -> list[dict]:
-    """A prompt, a response and perhaps an input; or two lists of messages (TRL's form)."""
+    """A prompt, a response, and perhaps an input; or two lists of messages (TRL's form)."""
     if isinstance(values[0], list) and isinstance(values[1], list) and not any(values[2:]):
         prompt, response = (read_turns(*pair, unused) for pair in zip(names[:2], values))
         kept = [{"weight": 0} | turn if turn["role"] == "assistant" else turn for turn in prompt]
@@ -207,8 +207,8 @@ def read_turns(column: str, turns, unused: dict) -> list[dict]:
         require_shallow(f"`{column}`", turns)
     kinds = {type(turn) for turn in turns} if isinstance(turns, list) else {None}
     if len(kinds) > 1 or not kinds <= {dict, str}:
-        raise UserError(f"`{column}` must be a list of {{role, content}}, of {{from, value}} or of "
-                        f"strings, not {show(turns)}")
+        raise UserError(f"`{column}` must be a list of {{role, content}}, of {{from, value}}, or "
+                        f"of strings, not {show(turns)}")
     if kinds == {str}:
         return [{"role": ("user", "assistant")[i % 2], "content": turn}
                 for i, turn in enumerate(turns)]
@@ -223,7 +223,7 @@ def read_turn(i: int, turn: dict, unused: dict) -> dict:
             raise UserError(f"message {i} has role {role!r}: tool and function turns are not "
                             "supported; leave out such rows")
         raise UserError(f"message {i} has role {show(role)}; the known roles are system, user, "
-                        "assistant and their aliases in data/README.md; leave out such rows")
+                        "assistant, and their aliases in data/README.md; leave out such rows")
     content = turn.pop("content" if "content" in turn else "value", None)
     if isinstance(content, list):
         content = "".join(read_part(i, part) for part in content)

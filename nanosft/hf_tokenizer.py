@@ -1,4 +1,4 @@
-"""The files beside a model's weights that let transformers, TRL, vLLM, llama.cpp and MLX open it.
+"""The files beside a model's weights that let transformers, TRL, vLLM, llama.cpp, and MLX open it.
 
 - tokenizer.json: a tiktoken encoding as a byte-level BPE, with the specials as added tokens
 - tokenizer_config.json: end and padding tokens, and the chat template

@@ -45,8 +45,8 @@ class Report:
             why = f"all {n_bad} rows were rejected; first: {self.bad[0]}" if n_bad else "no rows"
             if name == "val" and not config.val_source:
                 why = f"--val_fraction {config.val_fraction} of {splits['train']['examples']} rows"
-            raise UserError(f"the {name} split is empty ({why}); change --source, --val_source or "
-                            "--val_fraction")
+            raise UserError(f"the {name} split is empty ({why}); change --source, --val_source, "
+                            "or --val_fraction")
 
     def duplicates(self) -> tuple[int, int]:
         """(examples that repeat an earlier one; validation prompts that occur in training)."""
@@ -101,7 +101,7 @@ class Report:
 
 
 def reason_of(error: str) -> str:
-    """An error without its numbers, values and advice, to count rows by it.
+    """An error without its numbers, values, and advice, to count rows by it.
 
     >>> reason_of("message 3 has role 'bob'; the known roles are user")
     'message N has role …'

@@ -1,4 +1,4 @@
-"""The folder of a run, --out: checkpoints, metrics.jsonl, answers.jsonl, run.json and the lock."""
+"""The folder of a run, --out: checkpoints, metrics.jsonl, answers.jsonl, run.json, and the lock."""
 
 import contextlib
 import dataclasses
@@ -47,7 +47,7 @@ class RunFlags:
     wandb: str | None = None
     """also log to this Weights & Biases project (pip install wandb)"""
     device: str = "auto"
-    """auto, cuda, mps or cpu"""
+    """auto, cuda, mps, or cpu"""
     dtype: Dtype = "auto"
     """of matrix products; weights stay float32. auto: bfloat16 on GPUs that support it;
     CPUs without bfloat16 instructions emulate it, many times slower"""
@@ -78,7 +78,7 @@ class Run:
         self.done = state["step"]
 
     def open(self) -> None:
-        """Lock the folder, write run.json and open metrics.jsonl.
+        """Lock the folder, write run.json, and open metrics.jsonl.
 
         The first row does this: a run that fails before it leaves no folder behind.
         """
@@ -213,7 +213,8 @@ def read_state(out: str) -> tuple[Path, dict]:
 
 
 def best_checkpoint(out: str | Path) -> tuple[float, Path | None]:
-    """The lowest val_loss at the step of a checkpoint, and that checkpoint; None: no evaluation."""
+    """(lowest val_loss of any checkpoint's step, that checkpoint); (inf, None) without an
+    evaluation."""
     folders = {int(folder.name[5:]): folder for folder in checkpoints(out)}
     found = [(row["val_loss"], folders[row["step"]])
              for _, row in read_log(Path(out) / "metrics.jsonl")

@@ -174,9 +174,10 @@ class Shards:
     """A split as one array of tokens, (N,) for text or (2, N) for chats; shards[a:b] is a copy.
 
     The length and dtype of every shard are checked here, its sha256 when it is first read.
+    UserError if the split is shorter than a row of block_size + 1 tokens.
     """
 
-    def __init__(self, data: str, split: str, kind: str):
+    def __init__(self, data: str, split: str, kind: str, block_size: int = 0):
         self.folder, self.meta = Path(data), read_meta(data, kind)
         if split not in self.meta["splits"]:
             raise UserError(f"--data {data} has no {split} split, only {list(self.meta['splits'])}")
@@ -184,6 +185,9 @@ class Shards:
         self.arrays = [self._open(shard, NDIM[kind]) for shard in self.files]
         self.ends = np.cumsum([array.shape[-1] for array in self.arrays])  # (number of shards,)
         self.unverified = set(range(len(self.files)))
+        if len(self) <= block_size:
+            raise UserError(f"--data {data}: the {split} split has {len(self)} tokens, but a row "
+                            f"of --block_size {block_size} needs {block_size + 1}; lower it")
 
     def _open(self, shard: dict, ndim: int) -> np.ndarray:
         """A memory map; nothing is read yet."""
@@ -191,7 +195,7 @@ class Shards:
         try:
             ids = np.lib.format.open_memmap(path, mode="r")  # nothing but an .npy file
         except Exception as error:  # a damaged header makes numpy raise many types
-            raise UserError(f"{path}: missing, truncated or not an .npy file ({error}); {AGAIN}"
+            raise UserError(f"{path}: missing, truncated, or not an .npy file ({error}); {AGAIN}"
                             ) from error
         if ids.dtype != np.uint16 or ids.ndim != ndim:
             raise UserError(f"{path}: {ids.dtype} with {ids.ndim} axes, expected uint16 with "

@@ -104,7 +104,7 @@ def value_text(row: dict, column: str) -> str:
 
 
 def read_rows(source: str, subset: str | None = None) -> Iterator[tuple[Place, dict]]:
-    """(place, row) of a .jsonl, .json or .parquet file, a folder of them, or a hub dataset."""
+    """(place, row) of a .jsonl, .json, or .parquet file, a folder of them, or a hub dataset."""
     readers = {".jsonl": read_jsonl, ".json": read_json, ".parquet": read_parquet}
     parsed = parse_source(source, subset)
     path = Path(parsed.name)
@@ -114,7 +114,7 @@ def read_rows(source: str, subset: str | None = None) -> Iterator[tuple[Place, d
         elif path.suffix in readers:
             yield from readers[path.suffix](require_file(path))
         elif path.exists() or source.startswith((".", "/", "~")):
-            raise UserError(f"{require_file(path)}: expected a .jsonl, .json or .parquet file")
+            raise UserError(f"{require_file(path)}: expected a .jsonl, .json, or .parquet file")
         elif "/" not in parsed.name:  # load_dataset("json") would read the current folder
             raise UserError(f"{parsed.name}: no such file; a dataset on the hub has an owner, as "
                             "openai/gsm8k")
@@ -198,7 +198,7 @@ def read_hub(source: str, parsed: Source) -> Iterator[tuple[Place, dict]]:
     except Exception as error:  # the hub raises many types; each means that nothing can be read
         reason = " ".join(str(error).split())[:140]
         what = "neither a local file nor a dataset on the hub"
-        advice = "check the id and the network, or pass the path of a .jsonl, .json or .parquet"
+        advice = "check the id and the network, or pass the path of a .jsonl, .json, or .parquet"
         if "gated" in reason:
             what, advice = "a gated dataset", "accept its terms on its page, then `hf auth login`"
         elif "split" in reason.lower() or "config" in reason.lower() or Path(parsed.name).is_dir():

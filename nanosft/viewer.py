@@ -2,8 +2,8 @@
 
 This is `sft_data.py --show`. One line is one position (column) of a row: the model reads the input
 and has to predict the target. What is shown are the trainer's own datasets (sft_data.SFTDataset),
-so it is exactly what is trained on. The page is mask.html with one JSON object inserted; it loads
-nothing else.
+so it is exactly what a model is trained on. The page is mask.html with one JSON object inserted; it
+loads nothing else.
 """
 
 import copy
@@ -111,7 +111,7 @@ def token_text(encoding, token: int, keep: str = "") -> str:
     r"""A token as one line that a terminal can show; characters in `keep` stay as they are.
 
     Incomplete UTF-8 is shown as escaped bytes and a backslash is doubled, so no two tokens look
-    the same: the bytes 65, 10, 27, 92 and 195 are A, \n, \x1b, \\ and \xc3.
+    the same: the bytes 65, 10, 27, 92, and 195 are A, \n, \x1b, \\, and \xc3.
     """
 
     def escaped(c: str) -> str:  # \x is for ASCII and for bytes: U+0085 is not the byte 85
@@ -162,7 +162,7 @@ class View(NamedTuple):
 
 
 def summary(rows, i: int, columns: list[Column]) -> str:
-    """A row's header: how much of it is read, in the loss and, with a model, predicted."""
+    """A row's header: how much of it is read, in the loss, and, with a model, predicted."""
     n_examples = len({column.example for column in columns})
     in_loss = [column for column in columns if column.weight]
     text = (f"row {i + 1} of {len(rows):,}: {n_examples} example{'s' * (n_examples != 1)}, "

@@ -44,7 +44,7 @@ def pad_vocab(n: int) -> int:
 
 
 def find_model(name: str | Path) -> Path:
-    """The folder with config.json, from a model folder, run folder, GPT-2 name or hub id."""
+    """The folder with config.json, from a model folder, run folder, GPT-2 name, or hub id."""
     folder = Path(name).expanduser()
     if (folder / "config.json").is_file():
         return folder

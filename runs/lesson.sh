@@ -36,7 +36,7 @@ run env OMP_NUM_THREADS=2 python train_gpt2.py --data "$OUT/shards" --out "$OUT/
     --batch_size 12 --rows_per_step 12 --max_steps 2200 --learning_rate 3e-3 --warmup_steps 30 \
     --weight_decay 0.3
 
-say "Does the base know the facts? Ask in its own words: 2+4="
+say "Does the base model know the facts? Ask in its own words: 2+4="
 run python evaluate.py --model "$OUT/base" --data "$OUT/text/own_words.jsonl" "${asked[@]}" \
     --template raw --max_new_tokens 4 --save "$OUT/answers/base_own_words.jsonl"
 
@@ -60,7 +60,7 @@ run env OMP_NUM_THREADS=1 torchrun --standalone --nproc_per_node=2 \
     --layout fit --batch_size 4 --rows_per_step 8 --max_steps 200 --learning_rate 3e-4 \
     --warmup_steps 10 --eval_every 10 --eval_prompts 105 --save_every 10
 
-say "Ask the fine-tuned model the same questions, and the facts in the base's words."
+say "Ask the fine-tuned model the same questions, and the facts in the base model's words."
 run python evaluate.py --model "$OUT/sft" --data "$OUT/text/questions.jsonl" "${asked[@]}" \
     --max_new_tokens 32 --save "$OUT/answers/sft.jsonl"
 run python evaluate.py --model "$OUT/sft" --data "$OUT/text/own_words.jsonl" "${asked[@]}" \

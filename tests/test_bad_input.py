@@ -81,7 +81,7 @@ def trainer(request, data, text_data) -> SimpleNamespace:
     ("a.jsonl", None, "a.jsonl: no such file"),
     ("a.parquet", None, "a.parquet: no such file"),
     ("./a.csv", None, "a.csv: no such file"),
-    ("a.csv", b"Q,A", "a.csv: expected a .jsonl, .json or .parquet file"),
+    ("a.csv", b"Q,A", "a.csv: expected a .jsonl, .json, or .parquet file"),
     ("a.jsonl", b"", "a.jsonl: the file is empty"),
     ("a.jsonl", b"\n \r\n", "the train split is empty (no rows)"),
     ("a.json", b"[]", "the train split is empty (no rows)"),
@@ -109,7 +109,7 @@ def test_unreadable_file_of_rows_is_named(refused, tmp_path, name, content, mess
     ("a.jsonl", b'{"txt": "a"}', "a.jsonl line 1: no `text` string (found: ['txt'])"),
     ("a.jsonl", b'["a"]', "a.jsonl line 1: no `text` string (found: list)"),
     ("a.json", b"[]", "a.json: no text found"),
-    ("a.bin", b"01", "a.bin: expected a .jsonl, .json or .parquet file"),
+    ("a.bin", b"01", "a.bin: expected a .jsonl, .json, or .parquet file"),
 ])
 def test_unreadable_text_is_named(refused, tmp_path, name, content, message):
     if content is not None:
@@ -125,7 +125,7 @@ def test_name_that_is_neither_a_file_nor_a_dataset_is_one_line(refused, monkeypa
     for module in (fineweb, sft_data):
         line = refused(module, *prepare_flags("me/typo"))
         assert line == ("me/typo: neither a local file nor a dataset on the hub (no route to the "
-                        "hub); check the id and the network, or pass the path of a .jsonl, .json "
+                        "hub); check the id and the network, or pass the path of a .jsonl, .json, "
                         "or .parquet")
 
 
@@ -139,7 +139,7 @@ def chat(*turns) -> dict:
 
 
 NO_CONTENT = "message 0 has no `content` string"
-NOT_TURNS = "`conversations` must be a list of {role, content}, of {from, value} or of strings"
+NOT_TURNS = "`conversations` must be a list of {role, content}, of {from, value}, or of strings"
 
 
 @pytest.mark.parametrize("row, message", [
@@ -264,7 +264,7 @@ def edit_meta(shard: Path, **changes) -> None:
     meta.write_text(json.dumps(json.loads(meta.read_text()) | changes))
 
 
-UNREADABLE = "train_000000.npy: missing, truncated or not an .npy file"
+UNREADABLE = "train_000000.npy: missing, truncated, or not an .npy file"
 DAMAGES = {  # what happens to the first training shard, or to the meta.json beside it
     "truncated": (lambda shard: shard.write_bytes(shard.read_bytes()[:-2]), UNREADABLE),
     "emptied": (lambda shard: shard.write_bytes(b""), UNREADABLE),
@@ -393,7 +393,7 @@ def test_resume_refuses_other_flags_and_other_data(refused, command, data, sft_s
     assert line.startswith("--resume: layout is pad, but fit in the run in --out")
     other = sft_shards([GOOD] * 21, name="other")
     line = refused(train_sft, *flags, "--resume", "--data", other)
-    assert line.startswith("--resume: the data is not what the run in --out was trained on")
+    assert line.startswith("--resume: this is not the data of the run in --out; pass that run's")
     assert command(train_sft, *flags, "--resume").code == 0  # a finished run is not an error
 
 

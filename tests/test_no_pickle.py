@@ -114,7 +114,7 @@ def test_shard(kind, bomb, safe):
     write_sums(Path(data), [meta])
     module = train_gpt2 if kind == "text" else train_sft
     line = safe(2, module, "--data", data, "--out", "out", *STEPS)
-    assert line.startswith(f"error: {path}: missing, truncated or not an .npy file")
+    assert line.startswith(f"error: {path}: missing, truncated, or not an .npy file")
     if kind == "sft":
         assert f"{path}: " in safe(2, sft_data, "--show", 1, "--data", data)
 

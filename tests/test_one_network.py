@@ -18,6 +18,7 @@ from train_sft import forward_sft
 PROMPTS = [[72, 105], [1], [3, 1, 4, 1, 5, 9, 2, 6], [258, 104, 105, 260, 259]]
 REFUSED = {  # change: the fast forms that do not agree with it
     "a window": ["attention_for", "attend_cached"], "label smoothing": ["nll_sum"],
+    "the end token left out": ["nll_sum"],
     "a bias on the logits": ["nll_sum"], "a cap on the logits": ["nll_sum"]}
 
 
@@ -72,6 +73,12 @@ def label_smoothing(monkeypatch):
     changed(monkeypatch, GPT, "nll_sum", smoothed)
 
 
+def end_token_left_out(monkeypatch):
+    """The loss ignores the end of an example."""
+    changed(monkeypatch, GPT, "nll_sum", lambda old, gpt, x, targets, weights=None: (
+        old(gpt, x, targets.masked_fill(targets == 256, -100), weights)))
+
+
 def logit_bias(monkeypatch):
     changed(monkeypatch, GPT, "logits", lambda old, gpt, x: (
         old(gpt, x) + torch.linspace(-3, 3, len(gpt.lm_head.weight))))
@@ -92,14 +99,15 @@ def scaled_hidden(monkeypatch):
 CHANGES = {"nothing": lambda monkeypatch: None, "squared ReLU": squared_relu,
            "a scale in attention": attention_scale, "a parallel block": parallel_block,
            "a window": window, "label smoothing": label_smoothing,
-           "a bias on the logits": logit_bias, "a cap on the logits": logit_cap,
+           "the end token left out": end_token_left_out, "a bias on the logits": logit_bias,
+           "a cap on the logits": logit_cap,
            "embeddings scaled": scaled_embeddings, "hidden scaled": scaled_hidden}
 
 
 def a_batch() -> MicroBatch:
     random = torch.Generator().manual_seed(5)
     x, y = torch.randint(0, 261, (2, 4, 32), generator=random)
-    y[:, ::3] = -100
+    y[:, ::3], y[:, 5::9] = -100, 256
     weights = torch.randint(1, 101, (4, 32), generator=random) / 100
     return MicroBatch(x, y, weights, (torch.arange(32) // 12).expand(4, 32))
 
@@ -139,7 +147,7 @@ def test_training_evaluation_and_generation_follow_a_changed_network(
         for p, q in zip(model.parameters(), plain.parameters()):
             torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-3)
         found = evaluate(model, [batch], ALONE, forward_sft)
-        n = float(batch.weights[batch.y != -100].sum())
+        n = float(batch.weights[batch.y != -100].sum())  # evaluate divides by all of them
         assert found["val_loss"] == pytest.approx(want.item() / n, rel=1e-5)
         assert model.generate(PROMPTS, 15, temperature=0) == answers
 

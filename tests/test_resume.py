@@ -155,7 +155,7 @@ def test_each_flag_either_may_change_or_is_tested_to_be_refused():
 
 
 def test_resume_refuses_other_data_of_the_same_size(data, whole):
-    with pytest.raises(UserError, match="--resume: the data is not what the run in --out was"):
+    with pytest.raises(UserError, match="--resume: this is not the data of the run in --out; pass"):
         fine_tune(data["other"], whole["sft"], resume=True, **FLAGS["sft"])
 
 
