@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
 
 from nanosft.errors import UserError
@@ -83,17 +82,20 @@ class Cache:
         return self.gpt.hidden(idx, positions=positions, attends=attends)  # (B, T, C)
 
     def attend_prompts(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Keep k and v, padded to (B, n_head, end, hs). Zeros: a NaN would propagate even where
+        """Keep k and v, with zeros up to (B, n_head, end, hs): a NaN would propagate even where
         masked."""
-        self.layers[layer] = [F.pad(t, (0, 0, 0, self.end - t.size(2))) for t in (k, v)]
+        B, n_head, T, hs = k.shape
+        keys, values = k.new_zeros(2, B, n_head, self.end, hs)
+        keys[:, :, :T], values[:, :, :T] = k, v
+        self.layers[layer] = keys, values
         return self.attention(q, k, v)
 
     def attend_new(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q, k, v (B, n_head, 1, hs) of the new tokens -> (B, n_head, 1, hs)"""
-        keys, values = self.layers[layer]
-        keys[self.rows, :, self.new_at] = k[:, :, 0]  # (B, n_head, hs)
-        values[self.rows, :, self.new_at] = v[:, :, 0]
+        (keys, values), at = self.layers[layer], self.new_at[:, None, None, None].expand_as(k)
         keys, values = keys[:, :, : self.longest], values[:, :, : self.longest]
+        keys.scatter_(2, at, k)  # row i takes its new key at position new_at[i]
+        values.scatter_(2, at, v)
         return self.gpt.attend_cached(self.attention, q, keys, values, self.new_at)
 
     def keep(self, rows: list[int]) -> None:
