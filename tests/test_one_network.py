@@ -3,12 +3,24 @@ with and without nanosft/fast.py."""
 
 import copy
 import functools
+import json
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers_training import ALONE, tiny_model
+from helpers_training import (
+    ALONE,
+    fine_tune,
+    metrics,
+    pretrain,
+    quietly,
+    random_examples,
+    sft_folder,
+    text_folder,
+    tiny_model,
+)
 
+import evaluate as evaluate_file
 import model as model_file
 from model import GPT, MLP, Attention, Block
 from nanosft import fast
@@ -175,6 +187,38 @@ def test_layer_that_does_not_attend_to_the_cache_is_noticed(monkeypatch):
     monkeypatch.setattr(Attention, "forward", own)
     with pytest.raises(AssertionError, match="did not call attend"):
         tiny_model().generate(PROMPTS, 3)
+
+
+# ----- nothing depends on speed_up ---------------------------------------------------------------
+
+
+def test_both_trainers_evaluation_and_generation_give_the_same_without_speed_up(
+        tmp_path, monkeypatch):
+    sft = sft_folder(tmp_path / "sft", train=random_examples(23), val=random_examples(5, seed=1))
+    text = text_folder(tmp_path / "text", train=[*range(250)] * 2, val=[*range(250)])
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": f"{i}+{i}=", "response": f"{2 * i}"}) + "\n"
+                            for i in range(5)))
+
+    def results(speed_up, out):
+        calls = []
+        monkeypatch.setattr(fast, "speed_up", lambda gpt, *args: (
+            calls.append(gpt) or speed_up(gpt, *args)))
+        pretrain(text, out / "text", max_steps=4, eval_every=2)
+        fine_tune(sft, out / "sft", init=str(out / "text"), max_steps=4, eval_every=2)
+        config = evaluate_file.Config(str(out / "sft"), str(rows), device="cpu", max_new_tokens=6,
+                                      save=str(out / "answers.jsonl"))
+        scores = json.loads(quietly(evaluate_file.main, config).splitlines()[-1])
+        assert len(calls) == 3  # each of the commands, once
+        log = metrics(out / "text") + metrics(out / "sft")
+        return log, scores, (out / "answers.jsonl").read_text()
+
+    log, scores, answers = results(fast.speed_up, tmp_path / "fast")
+    plain_log, plain_scores, plain_answers = results(lambda gpt, *_: gpt, tmp_path / "plain")
+    for a, b in zip(log, plain_log, strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
+    assert scores["val_loss"] == pytest.approx(plain_scores["val_loss"], rel=1e-4)
+    assert answers == plain_answers
 
 
 # ----- what speed_up leaves alone ----------------------------------------------------------------
