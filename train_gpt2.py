@@ -69,8 +69,8 @@ class Config(RunFlags):  # and --resume, --device, --compile, …: how it runs
     """optimizer steps; overrides --epochs"""
     learning_rate: Annotated[float, Ge(0), Le(1)] = 6e-4
     """peak, reached at the end of the warm-up"""
-    warmup_steps: Annotated[int, Ge(0)] = 715
-    """steps of linear warm-up. GPT-3's 375 M tokens are 715 of its steps of 2^19 tokens"""
+    warmup_steps: Annotated[int, Ge(0)] = 715  # GPT-3's 375 M tokens, in steps of 2^19 tokens
+    """steps of linear warm-up"""
     weight_decay: Annotated[float, Ge(0), Le(1)] = 0.1
     """AdamW's, on matrices only"""
     grad_clip: Annotated[float, Ge(0)] = 1.0

@@ -34,19 +34,12 @@ class Config(PretrainingConfig):
     init: str = "gpt2"  # SFT: start from a pretrained model
     """gpt2 (-medium, -large, -xl), a hub id, a Hugging Face folder, a nanosft run, or scratch"""
     batch_size: int = 4  # SFT: thousands of examples instead of billions of tokens
-    """micro-batch size: rows per forward pass on each rank"""
     rows_per_step: int = 32  # SFT: likewise
-    """rows per optimizer step, over all ranks"""
     epochs: int = 3  # SFT: few examples, so each is read more than once
-    """passes over the data"""
     learning_rate: float = 5e-5  # SFT: 1/12 of pretraining's: do not overwrite what the model knows
-    """peak, reached at the end of the warm-up"""
     warmup_steps: int = 20  # SFT: a run has only hundreds of steps
-    """steps of linear warm-up"""
     weight_decay: float = 0.0  # SFT: nothing pulls pretrained weights toward zero
-    """AdamW's, on matrices only"""
     save_every: int = 500  # SFT: a shorter run
-    """steps between checkpoints; 0: only at the end"""
     layout: Layout = "fit"
     """how examples share rows; see packing.py"""
     isolate: bool = True

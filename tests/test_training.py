@@ -259,6 +259,32 @@ def test_forward_sft_returns_the_weighted_sum():
     torch.testing.assert_close(forward_sft(tiny_model(), *batch[:4]), want, atol=1e-4, rtol=1e-6)
 
 
+def test_rows_of_sft_follow_every_flag_and_validation_keeps_its_order_and_all_its_examples(
+        tmp_path):
+    examples = random_examples(60, longest=40)
+    data = sft_folder(tmp_path / "data", train=examples, val=examples)
+    flags = {"block_size": 16, "layout": "bucket", "seed": 3, "loss_on": "all", "isolate": False,
+             "rows_per_step": 4, "overlong": "drop"}
+    config = train_sft.Config(data, "", max_examples=50, **flags)
+    train, val = (list(train_sft.open_rows(config, split)) for split in ("train", "val"))
+    want = {"examples": range(50), "seed": 3}, {"examples": None, "seed": None}
+    for rows, differs, split in zip((train, val), want, ("train", "val")):
+        same = list(SFTDataset(data, split, **(flags | differs)))
+        assert len(rows) == len(same) > 4
+        for a, b in zip(rows, same):
+            assert all(torch.equal(a[key], b[key]) for key in a)
+
+    def differ(name, value) -> bool:
+        other = list(SFTDataset(data, "train", examples=range(50), **(flags | {name: value})))
+        return len(other) != len(train) or any(
+            not torch.equal(a[key], b[key]) for a, b in zip(train, other) for key in a)
+
+    others = {"layout": "pad", "seed": 4, "loss_on": "response", "rows_per_step": 1,
+              "overlong": "truncate"}
+    assert [n for n, value in others.items() if not differ(n, value)] == []  # so each is seen
+    assert len(val) > len(train)
+
+
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_step_is_the_same_in_every_layout_that_cuts_no_example(tmp_path, batch_size):
     # in `stream` with rows of 20, these begin at 0, 8, 20, 27 and 40: no row cuts one
