@@ -266,7 +266,9 @@ def test_rows_of_sft_follow_every_flag_and_validation_keeps_its_order_and_all_it
     flags = {"block_size": 16, "layout": "bucket", "seed": 3, "loss_on": "all", "isolate": False,
              "rows_per_step": 4, "overlong": "drop"}
     config = train_sft.Config(data, "", max_examples=50, **flags)
-    train, val = (list(train_sft.open_rows(config, split)) for split in ("train", "val"))
+    opened = train, val = [train_sft.open_rows(config, split) for split in ("train", "val")]
+    assert not train.isolate and not val.isolate  # in `bucket` no row shows it
+    train, val = map(list, opened)
     want = {"examples": range(50), "seed": 3}, {"examples": None, "seed": None}
     for rows, differs, split in zip((train, val), want, ("train", "val")):
         same = list(SFTDataset(data, split, **(flags | differs)))
