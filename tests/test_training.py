@@ -487,6 +487,30 @@ def test_one_batch_is_memorized():
 # ----- evaluation --------------------------------------------------------------------------------
 
 
+def test_weights_are_tried_before_each_save_and_before_each_evaluation(tmp_path, monkeypatch):
+    tried = []
+    monkeypatch.setattr(train_gpt2.checks, "check_step",
+                        lambda metrics, *args, is_kept: tried.append(is_kept))
+    data = text_folder(tmp_path / "data", train=range(200), val=range(100))
+    pretrain(data, tmp_path / "out", max_steps=7, eval_every=2, save_every=3)
+    assert tried == [False, True, True, True, False, True, True]  # steps 2, 4, 6; 3, 6; the last
+
+
+def test_evaluation_of_a_run_goes_through_its_own_forward(tmp_path):
+    data = text_folder(tmp_path / "data", train=range(100), val=range(100))
+
+    def first_val_loss(name, forward) -> float:
+        config = train_gpt2.Config(data, str(tmp_path / name), **(TINY | {"max_steps": 1}))
+        printed = quietly(lambda config: train_gpt2.train(
+            config, train_gpt2.open_rows, forward, lambda *args: {}), config)
+        start = next(line for line in printed.splitlines() if line.startswith("start"))
+        return float(start.split()[2])
+
+    doubled = first_val_loss("doubled", lambda *batch: 2 * forward_text(*batch))
+    assert doubled == pytest.approx(2 * first_val_loss("plain", forward_text), abs=2e-4)
+
+
+
 def test_val_loss_is_the_mean_over_all_trained_tokens_of_unequal_batches():
     model, batch = tiny_model(), CASES["weights of 7, 50 and 100 %"]
     parts = [pick(batch, 0), pick(batch, 1, 2, 3)]
