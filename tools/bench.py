@@ -34,11 +34,10 @@ from model import GPT, GPTConfig
 from nanosft import fast
 from nanosft.cli import run_cli
 from nanosft.errors import UserError, require_choice
-from nanosft.ranks import Dtype
 from packing import LAYOUTS, Plan
 from tokenizer import get_encoding
 from tools import workload
-from tools.workload import Size
+from tools.workload import Size, WorkFlags
 
 ROWS = 10_000
 SETTINGS = {  # path: the settings of its lines in the table
@@ -61,37 +60,23 @@ QUICK = {"n_layer": 1, "n_head": 1, "n_embd": 16, "vocab_size": 512, "block_size
 
 
 @dataclasses.dataclass
-class Config:
+class Config(WorkFlags):  # and the model's sizes, --device, --dtype, --json
     """Measure tokens/s, the share of the machine's limit, and peak memory, path by path."""
 
     only: str = ",".join(SETTINGS)
     """paths, separated by commas"""
-    n_layer: Size = 6
-    """blocks"""
-    n_head: Size = 6
-    """attention heads per block"""
-    n_embd: Size = 384
-    """C, width of the residual stream"""
     vocab_size: Size = 50304
     """V, ids that the model knows"""
-    block_size: Size = 512
-    """T, tokens per row"""
     batch_size: Size = 4
     """rows of block_size tokens that go through the model at once"""
     accumulate: Size = 1
     """micro-batches in a step"""
     steps: Size = 5
     """timed repeats after the warm-up; the table has medians"""
-    device: str = "auto"
-    """auto, cuda, mps, or cpu"""
-    dtype: Dtype = "auto"
-    """of matrix products; auto: bfloat16 on GPUs that support it, else float32"""
     compile: bool = False
     """torch.compile the blocks"""
     profile: bool = False
     """also list where the time of a training step goes"""
-    json: str | None = None
-    """append each result to this file, one JSON object per line"""
     quick: bool = False
     """a tiny model, all in one process: the numbers mean nothing"""
 

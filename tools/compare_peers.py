@@ -41,11 +41,10 @@ from model import GPT, IGNORE_INDEX, GPTConfig, attention_for
 from nanosft import fast
 from nanosft.cli import run_cli
 from nanosft.errors import UserError, require_choice
-from nanosft.ranks import Dtype
 from nanosft.shards import Shards, ShardWriter, find_examples, write_meta
 from tokenizer import get_encoding, weights_in_effect
 from tools import workload
-from tools.workload import Size, in_its_own_process, summary, timed, warmup
+from tools.workload import Size, WorkFlags, in_its_own_process, summary, timed, warmup
 
 COMPARISONS = {  # nanosft first
     "sft": ("nanosft", "trl", "transformers", "full_logits", "full_logits_causal"),
@@ -59,35 +58,21 @@ QUICK = {"n_layer": 1, "n_head": 1, "n_embd": 16, "block_size": 128, "batch_size
 
 
 @dataclasses.dataclass
-class Config:
+class Config(WorkFlags):  # and the model's sizes, --device, --dtype, --json
     """Compare nanosft with TRL, transformers, and a loop with full logits."""
 
     data: str | None = None
     """chat rows, as sft_data.py --source; default: random words with GSM8K's lengths"""
     only: str = ",".join(COMPARISONS)
     """what to compare, separated by commas"""
-    n_layer: Size = 6
-    """blocks"""
-    n_head: Size = 6
-    """attention heads per block"""
-    n_embd: Size = 384
-    """C, width of the residual stream"""
-    block_size: Size = 512
-    """T, tokens per row"""
     batch_size: Size = 4
     """rows of a micro-batch, which here is a step"""
     steps: Size = 5
     """timed steps per process, after the warm-up"""
     repeats: Size = 3
     """processes of each contender"""
-    device: str = "auto"
-    """auto, cuda, mps, or cpu"""
-    dtype: Dtype = "auto"
-    """of matrix products; auto: bfloat16 on GPUs that support it, else float32"""
     compile: bool = False
     """torch.compile nanosft and the loop with full logits"""
-    json: str | None = None
-    """append each process's result to this file, one JSON object per line"""
     quick: bool = False
     """a tiny model and one repeat: does it run?"""
 

@@ -1,5 +1,6 @@
 """What bench.py and compare_peers.py share: random data of GSM8K's size, clocks, and FLOPs."""
 
+import dataclasses
 import json
 import math
 import platform
@@ -23,6 +24,7 @@ import train_gpt2
 import train_sft
 from model import GPTConfig
 from nanosft import fast
+from nanosft.ranks import Dtype
 from nanosft.run import peak_memory_gb
 from nanosft.shards import ShardWriter, read_meta, write_meta
 
@@ -38,6 +40,26 @@ WORDS = "the a of and to in is she has how many each 3 12 week sold apples dolla
 # Dense bf16 FLOP/s from NVIDIA's data sheets; the first name contained in the card's name counts
 DATASHEET = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "GH200": 989e12, "B200": 2250e12,
              "A100": 312e12, "L40S": 362e12, "L4": 121e12, "RTX 4090": 165e12}
+
+
+@dataclasses.dataclass(kw_only=True)
+class WorkFlags:
+    """What tools.bench and tools.compare_peers measure, and where."""
+
+    n_layer: Size = 6
+    """blocks"""
+    n_head: Size = 6
+    """attention heads per block"""
+    n_embd: Size = 384
+    """C, width of the residual stream"""
+    block_size: Size = 512
+    """T, tokens per row"""
+    device: str = "auto"
+    """auto, cuda, mps, or cpu"""
+    dtype: Dtype = "auto"
+    """of matrix products; auto: bfloat16 on GPUs that support it, else float32"""
+    json: str | None = None
+    """append each result to this file, one JSON object per line"""
 
 
 # ----- data --------------------------------------------------------------------------------------
