@@ -151,8 +151,8 @@ class SFTDataset(Dataset):
                             f"{self.full_lengths[long[0]]} tokens, but a row takes {limit}; raise "
                             "--block_size or choose --overlong truncate")
         # from 1: the first id of an example is never a target
-        dropped = [number for number in long if overlong == "drop"
-                   or not self.piece(number, 1, limit, self.loss_on)[1].any()]
+        dropped = [number for number in long if overlong == "drop" or not weights_in_effect(
+            self.piece(number, 1, limit)[1], self.loss_on).any()]
         self.n_dropped, self.n_truncated = len(dropped), len(long) - len(dropped)
         self.numbers = self.numbers[~np.isin(self.numbers, dropped)]
         self.lengths = self.full_lengths[self.numbers].clip(max=limit)
@@ -166,48 +166,53 @@ class SFTDataset(Dataset):
         return len(self.plan)
 
     def __getitem__(self, i: int) -> dict[str, Tensor]:
-        ids, weights, segments, _ = torch.from_numpy(self.tokens(i))  # (n + 1,) each
-        n, row = len(ids) - 1, self.filler()
-        row["input_ids"][:n] = ids[:-1]
-        row["labels"][:n] = create_labels(ids, weights)
-        row["weights"][:n] = weights[1:] / 100
-        row["segments"][:n] = segments[:-1]
-        return row
+        return {name: rows[0] for name, rows in self.padded([i]).items()}
 
-    def piece(self, number: int, start: int, stop: int, loss_on: str) -> np.ndarray:
-        """Ids and loss weights in percent, int64 (2, n), of an example's ids start to stop."""
+    def padded(self, indices: Sequence[int | None]) -> dict[str, Tensor]:
+        """These rows, each tensor (B, T); None: a row that is all padding."""
+        shape = len(indices), self.block_size
+        rows = {"input_ids": torch.full(shape, self.eot),
+                "labels": torch.full(shape, IGNORE_INDEX),
+                "weights": torch.zeros(shape), "segments": torch.full(shape, -1)}
+        for b, i in enumerate(indices):
+            if i is not None:
+                ids, weights, segments, _ = torch.from_numpy(self.tokens(i))  # (n + 1,) each
+                n = len(ids) - 1
+                rows["input_ids"][b, :n] = ids[:-1]
+                rows["labels"][b, :n] = create_labels(ids, weights)
+                rows["weights"][b, :n] = weights[1:] / 100
+                rows["segments"][b, :n] = segments[:-1]
+        return rows
+
+    def piece(self, number: int, start: int, stop: int) -> np.ndarray:
+        """Ids and weights as stored, uint16 (2, n), of an example's ids start to stop."""
         begin = int(self.starts[number])
-        ids, stored = self.shards[begin + start : begin + stop].astype(np.int64)  # (n,) each
-        return np.stack([ids, weights_in_effect(stored, loss_on)])
+        return self.shards[begin + start : begin + stop]
 
     def tokens(self, i: int) -> np.ndarray:
         """Row i before shifting and padding, int64 (4, n), n at most T + 1.
 
         In order: ids, loss weights in percent, segments, numbers of the examples in the data.
         """
-        pieces = []
-        for segment, (k, start, stop) in enumerate(self.plan[i]):
-            number = self.numbers[k]  # the k-th example in use
-            ids, weights = self.piece(number, start, stop, self.loss_on)
-            if self.isolate or self.layout != "stream":
-                weights[0] = 0  # never train across an example boundary
-            segments = np.full_like(ids, segment if self.isolate else 0)
-            pieces.append([ids, weights, segments, np.full_like(ids, number)])
-        return np.concatenate(pieces, axis=1)
+        pieces = self.plan[i]  # of the k-th example in use, its ids start to stop
+        numbers = [int(self.numbers[k]) for k, _, _ in pieces]
+        ids, weights = np.concatenate(
+            [self.piece(number, start, stop) for number, (_, start, stop) in zip(numbers, pieces)],
+            axis=1, dtype=np.int64)  # (n,) each
+        weights = weights_in_effect(weights, self.loss_on)
+        lengths = np.array([stop - start for _, start, stop in pieces])
+        if self.isolate or self.layout != "stream":
+            weights[np.cumsum(lengths) - lengths] = 0  # never train across an example boundary
+        segments = np.arange(len(pieces)) if self.isolate else np.zeros(len(pieces), np.int64)
+        return np.stack([ids, weights, segments.repeat(lengths), np.repeat(numbers, lengths)])
 
     def name_of(self, i: int, column: int) -> str:
         """What an error calls the text at this position."""
         return f"example {self.tokens(i)[3][column]}"
 
-    def filler(self) -> dict[str, Tensor]:
-        """A row that is all padding."""
-        T = self.block_size
-        return {"input_ids": torch.full((T,), self.eot), "labels": torch.full((T,), IGNORE_INDEX),
-                "weights": torch.zeros(T), "segments": torch.full((T,), -1)}
-
-    def collate(self, rows: list[dict[str, Tensor]]) -> dict:
-        """Stack rows into the fields of a MicroBatch: x, y, weights, segments (B, T); n_tokens."""
-        x, y, weights, segments = (torch.stack([row[key] for row in rows]) for key in rows[0])
+    def batch(self, indices: Sequence[int | None]) -> dict:
+        """The fields of a MicroBatch: x, y, weights, segments (B, T), and n_tokens."""
+        x, y, weights, segments = self.padded(indices).values()
         real = segments >= 0  # (B, T), False for padding
         if self.layout == "bucket":  # cut off the columns that are padding in every row
             T = max(1, int(real.any(0).sum()))
@@ -221,8 +226,8 @@ class SFTDataset(Dataset):
         """(prompt, reference answer) of the first n examples, as ids, without the end token."""
         pairs = []
         for number in self.numbers[:n]:
-            ids, weights = self.piece(number, 0, int(self.full_lengths[number]), "response")
-            is_answer = (weights > 0) & (ids < self.eot)  # (n,)
+            ids, stored = self.piece(number, 0, int(self.full_lengths[number]))
+            is_answer = (weights_in_effect(stored, "response") > 0) & (ids < self.eot)  # (n,)
             first = int(is_answer.argmax())
             if first:  # a `{text}` row has no prompt
                 stop = first + int(is_answer[first:].argmin())  # <|endoftext|> at the latest

@@ -15,7 +15,7 @@ import dataclasses
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -123,18 +123,18 @@ class TokenRows(Dataset):
         return (len(self.shards) - 1) // self.block_size
 
     def __getitem__(self, i: int) -> dict[str, Tensor]:
+        x, y, _ = self.batch([i]).values()
+        return {"input_ids": x[0], "labels": y[0]}
+
+    def batch(self, indices: Sequence[int | None]) -> dict:
+        """The fields of a MicroBatch; None is a row that is all padding."""
         T = self.block_size
-        ids = torch.from_numpy(self.shards[i * T : i * T + T + 1].astype(np.int64))  # (T + 1,)
-        return {"input_ids": ids[:-1], "labels": ids[1:]}
-
-    def filler(self) -> dict[str, Tensor]:
-        """A row that is all padding."""
-        x = torch.zeros(self.block_size, dtype=torch.long)
-        return {"input_ids": x, "labels": torch.full_like(x, IGNORE_INDEX)}
-
-    def collate(self, rows: list[dict[str, Tensor]]) -> dict:
-        """Stack rows into the fields of a MicroBatch."""
-        x, y = (torch.stack([row[key] for row in rows]) for key in ("input_ids", "labels"))
+        x = torch.zeros(len(indices), T, dtype=torch.long)
+        y = torch.full_like(x, IGNORE_INDEX)
+        for b, i in enumerate(indices):
+            if i is not None:
+                ids = torch.from_numpy(self.shards[i * T : i * T + T + 1].astype(np.int64))
+                x[b], y[b] = ids[:-1], ids[1:]
         return {"x": x, "y": y, "n_tokens": int((y != IGNORE_INDEX).sum())}
 
     def describe(self) -> str:
@@ -158,9 +158,9 @@ def steps_per_epoch(rows: Dataset, config: Config) -> int:
 
 
 def make_batch(rows: Dataset, indices: Iterable[int], ranks: Ranks) -> MicroBatch:
-    """Rows as one micro-batch; a filler row for each index past the end."""
-    batch = [rows[i] if i < len(rows) else rows.filler() for i in indices]
-    return MicroBatch(**ranks.pin(rows.collate(batch)))
+    """Rows as one micro-batch; all padding for each index past the end."""
+    batch = rows.batch([i if i < len(rows) else None for i in indices])
+    return MicroBatch(**ranks.pin(batch))
 
 
 def load_steps(rows: Dataset, config: Config, ranks: Ranks, done: int,

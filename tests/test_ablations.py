@@ -135,7 +135,7 @@ def test_mean_of_means_gives_each_micro_batch_the_same_weight(lesson):
     assert counts[1] > 3 * counts[0]
     for rows, votes in ((SFTDataset, counts), (ablations.MeanOfMeans, [1, 1])):
         data = rows_of(lesson, rows)
-        parts = [MicroBatch(**data.collate([data[i]])) for i in (short, long)]
+        parts = [MicroBatch(**data.batch([i])) for i in (short, long)]
         with torch.no_grad():
             means = [float(model(part.x, part.y)) / n for part, n in zip(parts, counts)]
         step, _ = step_gradients(model, parts)
@@ -145,7 +145,7 @@ def test_mean_of_means_gives_each_micro_batch_the_same_weight(lesson):
 
 def test_filler_has_no_weight_in_a_mean_of_means(lesson):
     data = rows_of(lesson, ablations.MeanOfMeans)
-    assert data.collate([data.filler()])["weights"].tolist() == [[0.0] * data.block_size]
+    assert data.batch([None])["weights"].tolist() == [[0.0] * data.block_size]
 
 
 def test_running_positions_change_the_second_example_of_a_row_but_not_what_it_attends_to():

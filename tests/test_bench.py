@@ -105,7 +105,7 @@ def test_loop_with_full_logits_computes_our_loss(tmp_path, isolate):
     c, rows, _ = workload.open_training(config, "sft", str(tmp_path), isolate=isolate)
     assert c.rows_per_step == c.batch_size == 4  # a peer's step has as many
     model = GPT(GPTConfig(vocab_size=320, block_size=256, n_layer=2, n_head=2, n_embd=32))
-    batch = train_gpt2.MicroBatch(**rows.collate([rows[0], rows[1]]))
+    batch = train_gpt2.MicroBatch(**rows.batch([0, 1]))
     arguments = (model, batch.x, batch.y, batch.weights, batch.segments)
     torch.testing.assert_close(compare_peers.full_logits(*arguments),
                                train_sft.forward_sft(*arguments))

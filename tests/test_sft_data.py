@@ -430,8 +430,9 @@ def test_each_epoch_has_its_own_order_and_as_many_rows(sft_shards):
 
 
 def test_filler_is_all_padding(sft_shards):
-    assert lists(SFTDataset(sft_shards([qa()]), "train", 4).filler()) == {
-        "input_ids": [EOT] * 4, "labels": [-100] * 4, "weights": [0] * 4, "segments": [-1] * 4}
+    filler = SFTDataset(sft_shards([qa()]), "train", 4).padded([None])
+    assert lists(filler) == {"input_ids": [[EOT] * 4], "labels": [[-100] * 4],
+                             "weights": [[0] * 4], "segments": [[-1] * 4]}
 
 
 @pytest.mark.parametrize("layout, fill", [
@@ -584,30 +585,30 @@ def test_prompts_are_those_of_the_examples_in_use(sft_shards):
 
 
 @pytest.mark.parametrize("layout, T", [("pad", 4), ("bucket", 2)])
-def test_collate_stacks_rows_and_bucket_cuts_columns_that_are_all_padding(sft_shards, layout, T):
+def test_batch_stacks_rows_and_bucket_cuts_columns_that_are_all_padding(sft_shards, layout, T):
     """Texts of 2 and 3 ids in rows of 4: one and two positions are read, so bucket needs two."""
     data = sft_shards([{"text": "a"}, {"text": "bc"}])
     dataset = SFTDataset(data, "train", 4, layout, seed=None, rows_per_step=2)
-    batch = dataset.collate(all_rows(dataset))
+    batch = dataset.batch(range(len(dataset)))
     assert batch["x"].tolist() == [[97, EOT, EOT, EOT][:T], [98, 99, EOT, EOT][:T]]
     assert batch["y"].tolist() == [[EOT, -100, -100, -100][:T], [99, EOT, -100, -100][:T]]
     assert batch["weights"].tolist() == [[1, 0, 0, 0][:T], [1, 1, 0, 0][:T]]
     assert batch["n_tokens"] == 3  # padding does not count
 
 
-def test_collate_keeps_one_column_of_a_bucket_of_filler(sft_shards):
+def test_batch_keeps_one_column_of_a_bucket_of_filler(sft_shards):
     """A rank without rows left still runs the model."""
     dataset = SFTDataset(sft_shards([qa()]), "train", 8, "bucket")
-    batch = dataset.collate([dataset.filler(), dataset.filler()])
+    batch = dataset.batch([None, None])
     assert (batch["x"].tolist(), batch["n_tokens"]) == ([[EOT], [EOT]], 0)
 
 
 @pytest.mark.parametrize("isolate", [True, False])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_collate_leaves_segments_out_where_the_causal_mask_suffices(sft_shards, layout, isolate):
+def test_batch_leaves_segments_out_where_the_causal_mask_suffices(sft_shards, layout, isolate):
     """With one example per row and padding on its right, or without isolation."""
     dataset = SFTDataset(sft_shards([qa(), qa()]), "train", 16, layout, isolate=isolate)
-    segments = dataset.collate(all_rows(dataset))["segments"]
+    segments = dataset.batch(range(len(dataset)))["segments"]
     if isolate and layout in ("stream", "fit"):
         assert segments.tolist() == [row["segments"].tolist() for row in all_rows(dataset)]
     else:

@@ -339,15 +339,9 @@ class Numbers:
     def __len__(self):
         return self.n
 
-    def __getitem__(self, i):
-        assert 0 <= i < self.n
-        return i
-
-    def filler(self):
-        return -1
-
-    def collate(self, rows):
-        return {"x": torch.tensor(rows), "y": None}
+    def batch(self, indices):
+        assert all(i is None or 0 <= i < self.n for i in indices)
+        return {"x": torch.tensor([-1 if i is None else i for i in indices]), "y": None}
 
 
 def rows_of_steps(world_size, batch_size, done, n_steps=7):
@@ -399,7 +393,7 @@ def test_rows_of_the_next_step_are_loaded_while_the_device_works(tmp_path, monke
     def noted(name, function):
         return lambda *args, **kwargs: events.append(name) or function(*args, **kwargs)
 
-    monkeypatch.setattr(TokenRows, "collate", noted("load", TokenRows.collate))
+    monkeypatch.setattr(TokenRows, "batch", noted("load", TokenRows.batch))
     monkeypatch.setattr(torch.Tensor, "backward", noted("backward", torch.Tensor.backward))
     monkeypatch.setattr(torch.Tensor, "tolist", noted("wait", torch.Tensor.tolist))
     monkeypatch.setattr(torch.optim.AdamW, "step", noted("update", torch.optim.AdamW.step))
@@ -567,7 +561,7 @@ def test_dt_holds_loading_training_and_saving_but_no_evaluation(splits, tmp_path
 
     for name, seconds in (("train_step", 2), ("save_checkpoint", 10), ("evaluate", 1000)):
         monkeypatch.setattr(train_gpt2, name, takes(seconds, getattr(train_gpt2, name)))
-    monkeypatch.setattr(TokenRows, "collate", takes(1, TokenRows.collate))
+    monkeypatch.setattr(TokenRows, "batch", takes(1, TokenRows.batch))
     judge = takes(1000, lambda *_: {})
     data = text_folder(tmp_path / "data", **dict.fromkeys(splits, range(100)))
     flags = TINY | {"rows_per_step": 2, "eval_every": 2, "save_every": 3}  # one load a step

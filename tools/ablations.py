@@ -16,7 +16,7 @@ import io
 import re
 import shlex
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -127,10 +127,10 @@ class MaskTooShort(SFTDataset):
 class ShiftedTwice(SFTDataset):
     """The rows shift the labels, and the loss does too: each token predicts the one after next."""
 
-    def __getitem__(self, i: int) -> dict[str, Tensor]:
-        row = super().__getitem__(i)
-        return row | {"labels": F.pad(row["labels"][1:], (0, 1), value=IGNORE_INDEX),
-                      "weights": F.pad(row["weights"][1:], (0, 1))}
+    def padded(self, indices: Sequence[int | None]) -> dict[str, Tensor]:
+        rows = super().padded(indices)
+        return rows | {"labels": F.pad(rows["labels"][:, 1:], (0, 1), value=IGNORE_INDEX),
+                       "weights": F.pad(rows["weights"][:, 1:], (0, 1))}
 
 
 def end_of(rows: SFTDataset) -> int:
@@ -165,8 +165,8 @@ class MeanOfMeans(SFTDataset):
     """Each micro-batch counts the same, however many of its tokens are in the loss: the mean of
     their means."""
 
-    def collate(self, rows: list[dict[str, Tensor]]) -> dict:
-        batch = super().collate(rows)
+    def batch(self, indices: Sequence[int | None]) -> dict:
+        batch = super().batch(indices)
         # any constant will do; a large one, because the trainer adds up weights in whole percent
         batch["weights"] *= 1000 / batch["weights"].sum().clamp(min=1)
         return batch
