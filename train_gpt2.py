@@ -221,27 +221,27 @@ def forward_text(model, x, y, weights=None, segments=None) -> Tensor:
 
 
 def count_step(micro_batches: list[MicroBatch], ranks: Ranks) -> Tensor:
-    """(4,) int64 over all ranks: weight in percent, tokens, supervised tokens, requests to stop."""
-    counts = torch.tensor([0, 0, 0, ranks.stop.asked()])
+    """(3,) int64 over all ranks: weight in percent, tokens, supervised tokens."""
+    counts = torch.zeros(3, dtype=torch.long)
     for batch in micro_batches:
         trained = int((batch.y != IGNORE_INDEX).sum())
-        counts += torch.tensor([batch.weight_percent(), batch.n_tokens, trained, 0])
+        counts += torch.tensor([batch.weight_percent(), batch.n_tokens, trained])
     return ranks.sum(counts.to(ranks.device, non_blocking=True))
 
 
 def train_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer,
                micro_batches: list[MicroBatch], lr: float, grad_clip: float, ranks: Ranks,
-               forward: Callable = forward_text,
+               forward: Callable = forward_text, counts: Tensor | None = None,
                meanwhile: Callable = lambda: None) -> dict[str, float]:
     """One optimizer step; its loss and gradient are means over the supervised tokens of all ranks.
 
     The mean is over the whole step, so its divisor must be known before the first backward pass:
     dividing each micro-batch by its own count would give tokens of short answers more weight.
-    meanwhile() runs while the device works: `train` prepares the next rows there.
+    counts: what count_step returned for these micro-batches, if already known. meanwhile() runs
+    while the device works: `train` loads and counts the next rows there.
     """
-    counts = count_step(micro_batches, ranks)
-    # avoid 0/0 when nothing is supervised
-    total_weight = torch.where(counts[0] > 0, counts[0] / 100, 1.0)
+    counts = count_step(micro_batches, ranks) if counts is None else counts
+    total_weight = torch.where(counts[0] > 0, counts[0] / 100, 1.0)  # 1 if nothing is supervised
 
     loss = torch.zeros((), device=ranks.device)
     for i, batch in enumerate(micro_batches):
@@ -255,16 +255,20 @@ def train_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer,
     loss = ranks.sum(loss) / total_weight
 
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-    meanwhile()
-    _, tokens, trained, stop_requests = counts.tolist()  # the step's only wait for the device
-    loss, norm = torch.stack([loss, norm]).tolist()
+    loss_and_norm = torch.stack([loss, norm])
+    # Fused AdamW changes nothing where found_inf is 1 (torch.amp.GradScaler relies on it), so the
+    # update need not wait until the host knows the loss; if it is not finite, `train` ends the run
+    optimizer.found_inf = 1 - loss_and_norm.isfinite().all().float()
     for group in optimizer.param_groups:
         group["lr"] = lr
-    if math.isfinite(loss + norm):  # otherwise leave the weights alone: `train` stops the run
-        optimizer.step()
+    optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+    meanwhile()
+    stop_requests = ranks.sum(torch.tensor(ranks.stop.asked(), device=ranks.device))
+    loss, norm = loss_and_norm.tolist()  # the step's only wait for the device
+    _, tokens, trained = counts.tolist()
     return {"loss": loss, "lr": lr, "grad_norm": norm, "tokens": tokens, "trained_tokens": trained,
-            "stop_requests": stop_requests}
+            "stop_requests": stop_requests.item()}
 
 
 @torch.no_grad()
@@ -389,14 +393,16 @@ def train(config: Config, open_rows: Callable, forward: Callable, judge: Callabl
     ranks.stop.listen(config.max_minutes)
     # these select the tokenizer files to save; chat.py reads them back from config.json
     rendering = {key: rows.meta[key] for key in ("encoding", "template") if key in rows.meta}
-    steps = fast.Prefetcher(load_steps(rows, config, ranks, run.done), n_steps - run.done)
+    counted = ((batches, count_step(batches, ranks))
+               for batches in load_steps(rows, config, ranks, run.done))
+    steps = fast.Prefetcher(counted, n_steps - run.done)
     clock = time.perf_counter()
     for step in tqdm(range(run.done + 1, n_steps + 1), initial=run.done, total=n_steps,
                      unit="step", leave=False,
                      disable=None if ranks.is_main else True):  # None: TTY only
-        batches, lr = next(steps), get_lr(step - 1, n_steps, config)
+        (batches, counts), lr = next(steps), get_lr(step - 1, n_steps, config)
         metrics = {"step": step} | train_step(model, optimizer, batches, lr, config.grad_clip,
-                                              ranks, forward, meanwhile=steps.fetch)
+                                              ranks, forward, counts, meanwhile=steps.fetch)
         stops = ranks.stop.agree(metrics.pop("stop_requests"))  # on all ranks at the same step
         metrics["dt"] = time.perf_counter() - clock
         metrics["tokens_per_s"] = metrics["tokens"] / metrics["dt"]

@@ -41,7 +41,8 @@ class Stop:
         if not self.signal:
             self.signal, self.since = number, time.monotonic()
             if os.environ.get("RANK", "0") == "0":  # print() must not be used in a handler
-                os.write(2, b"\nstopping after this step; a second signal stops at once\n")
+                os.write(2, b"\nstopping after this step or the next; a second signal stops at "
+                            b"once\n")
 
     def asked(self) -> int:
         return SIGNALED if self.signal else int(time.monotonic() > self.deadline)

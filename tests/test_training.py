@@ -394,6 +394,7 @@ def test_rows_of_the_next_step_are_loaded_while_the_device_works(tmp_path, monke
         return lambda *args, **kwargs: events.append(name) or function(*args, **kwargs)
 
     monkeypatch.setattr(TokenRows, "batch", noted("load", TokenRows.batch))
+    monkeypatch.setattr(train_gpt2, "count_step", noted("count", train_gpt2.count_step))
     monkeypatch.setattr(torch.Tensor, "backward", noted("backward", torch.Tensor.backward))
     monkeypatch.setattr(torch.Tensor, "tolist", noted("wait", torch.Tensor.tolist))
     monkeypatch.setattr(torch.optim.AdamW, "step", noted("update", torch.optim.AdamW.step))
@@ -402,8 +403,8 @@ def test_rows_of_the_next_step_are_loaded_while_the_device_works(tmp_path, monke
     config = train_gpt2.Config(data, str(tmp_path / "out"), **flags)
     quietly(lambda config: train_gpt2.train(
         config, train_gpt2.open_rows, forward_text, lambda *args: {}), config)
-    step = ["backward", "load", "wait", "wait", "update"]
-    assert events == ["load", *step, *step, "backward", "wait", "wait", "update"]
+    step = ["backward", "update", "load", "count", "wait", "wait"]
+    assert events == ["load", "count", *step, *step, "backward", "update", "wait", "wait"]
 
 
 def test_each_example_is_trained_once_an_epoch_in_an_order_of_the_epochs_own(tmp_path):

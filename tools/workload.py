@@ -168,7 +168,7 @@ def measure_steps(config, path: str, c, rows, forward: Callable, profile: bool =
         fetch()  # nothing to do where the step before did it
         batches = next(ahead)
         if path == "evaluate":
-            _, tokens, trained, _ = train_gpt2.count_step(batches, ranks).tolist()
+            _, tokens, trained = train_gpt2.count_step(batches, ranks).tolist()
             result = train_gpt2.evaluate(gpt, batches, ranks, forward)
             result |= {"tokens": tokens, "trained_tokens": trained}
         else:
