@@ -35,7 +35,7 @@ def speed_up(gpt, compile: bool = False):
     Its class becomes a subclass, so the plain forms stay reachable through `super()`; so do its
     nn.Linear layers. compile: also torch.compile the blocks, in one graph.
     """
-    plain = type(gpt)
+    plain, gpt.is_compiled = type(gpt), compile
     if not issubclass(plain, Fast):
         gpt.__class__ = fast = type(plain.__name__, (Fast, plain), {})
         for name, trial in TRIALS.items():
@@ -46,7 +46,6 @@ def speed_up(gpt, compile: bool = False):
         if linears and agree(linears[0], FewRows, try_linear):
             for layer in linears:
                 layer.__class__ = FewRows
-    gpt.is_compiled = compile
     for block in gpt.transformer.h if compile else ():
         block.__class__ = eager_without_gradients(type(block))
         block.compile()
@@ -174,9 +173,10 @@ class Fast:
         weights = torch.ones(len(kept)) if weights is None else weights.flatten()[kept]
         kept, targets, weights = (send(t, x.device) for t in (kept, targets, weights))
         x = x.flatten(0, 1).index_select(0, kept)  # (N, C)
+        loss_of = loss_compiled if self.is_compiled and x.is_cuda else loss_in_place
         loss, hits = SummedCrossEntropy.apply(x, self.lm_head.weight, targets, weights,
                                               self.config.n_vocab, torch.is_grad_enabled(),
-                                              self.hits is not None)
+                                              self.hits is not None, loss_of)
         if self.hits is not None:
             self.hits += torch.stack([hits, torch.full_like(hits, len(kept))])
         return loss
@@ -303,16 +303,16 @@ class SummedCrossEntropy(torch.autograd.Function):
         hits = (logits.argmax(1) == targets).sum()  # only if counts_hits, else 0
 
     Only one chunk of the logits exists at a time: forward computes its gradient, too. Softmax and
-    sums are float32, whatever the dtype of the matmuls.
+    sums are float32, whatever the dtype of the matmuls. loss_of: loss_in_place or loss_fused.
     """
 
     @staticmethod
-    def forward(ctx, hidden, head, targets, weights, n_vocab, needs_grad, counts_hits):
+    def forward(ctx, hidden, head, targets, weights, n_vocab, needs_grad, counts_hits, loss_of):
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         with torch.autocast(device, enabled=False):
             h, w = hidden.to(dtype or hidden.dtype), head.to(dtype or head.dtype)
-            rows = max(1, CHUNK_BYTES.get(device, CHUNK_BYTES["cuda"]) // (4 * len(head)))
+            rows = chunk_rows(len(h), len(head), device)
             chunks = zip(h.split(rows), targets[:, None].split(rows), weights[:, None].split(rows))
             loss_sum = torch.zeros((), device=hidden.device)
             hits = torch.zeros((), dtype=torch.long, device=hidden.device)
@@ -320,24 +320,14 @@ class SummedCrossEntropy(torch.autograd.Function):
             d_hidden, d_head = [], torch.zeros_like(head) if needs_grad else None
             buffer = h.new_empty(min(rows, len(h)), len(head))  # the logits of one chunk
             for h_n, target, weight in chunks:
-                logits = torch.mm(h_n, w.T, out=buffer[: len(h_n)]).float()  # (n, V)
-                logits[:, n_vocab:] = -math.inf
-                if counts_hits:
-                    hits += (logits.argmax(1, keepdim=True) == target).sum()
-                top, picked = logits.amax(1, keepdim=True), logits.gather(1, target)  # (n, 1)
-                p = logits.sub_(top).exp_()
-                total = p.sum(1, keepdim=True)  # (n, 1)
-                loss_sum += ((total.log() + top - picked) * weight).sum()
+                logits = torch.mm(h_n, w.T, out=buffer[: len(h_n)])  # (n, V)
+                loss, right, d_logits = loss_of(logits, target, weight, n_vocab, needs_grad,
+                                                counts_hits)
+                loss_sum += loss
+                hits += right
                 if needs_grad:
-                    p.mul_(weight / total)  # the softmax, weighted
-                    p.scatter_add_(1, target, -weight)  # d loss / d logits
-                    if p.dtype != h_n.dtype:  # p is a float32 copy, so the buffer is free
-                        p = buffer[: len(h_n)].copy_(p)
-                    d_hidden.append(p @ w)  # (n, C)
-                    if p.dtype == d_head.dtype:
-                        d_head.addmm_(p.T, h_n)  # (V, C)
-                    else:
-                        d_head += p.T @ h_n
+                    d_hidden.append(d_logits @ w)  # (n, C)
+                    add_product(d_head, d_logits.T, h_n)  # (V, C)
             if needs_grad:
                 ctx.grads = torch.cat(d_hidden).to(hidden.dtype), d_head
         return loss_sum, hits
@@ -349,7 +339,72 @@ class SummedCrossEntropy(torch.autograd.Function):
                                "gradients; compute the loss again")
         d_hidden, d_head = ctx.grads
         ctx.grads = None  # scaled in place, so they can be used only once
-        return d_hidden.mul_(grad), d_head.mul_(grad), None, None, None, None, None
+        return d_hidden.mul_(grad), d_head.mul_(grad), *[None] * 6
+
+
+def chunk_rows(N: int, V: int, device: str) -> int:
+    """Rows of a chunk of N x V logits: chunks of nearly equal size, if possible multiples of 256,
+    within CHUNK_BYTES."""
+    most = max(1, CHUNK_BYTES.get(device, CHUNK_BYTES["cuda"]) // (4 * V))
+    most -= most % 256 if most > 256 else 0
+    rows = math.ceil(N / math.ceil(N / most)) if N else 1
+    return rows if most <= 256 else -(-rows // 256) * 256
+
+
+def loss_in_place(logits, target, weight, n_vocab: int, needs_grad: bool, counts_hits: bool):
+    """(loss_sum, hits, d loss_sum / d logits) of logits (n, V), target and weight (n, 1).
+
+    Without a compiler: at most one float32 copy of the logits, and all else in place.
+    """
+    p = logits.float()  # (n, V), a copy if the logits are bfloat16
+    p[:, n_vocab:] = -math.inf
+    hits = (p.argmax(1, keepdim=True) == target).sum() if counts_hits else 0
+    top, picked = p.amax(1, keepdim=True), p.gather(1, target)  # (n, 1)
+    p.sub_(top).exp_()
+    total = p.sum(1, keepdim=True)  # (n, 1)
+    loss_sum = ((total.log() + top - picked) * weight).sum()
+    if not needs_grad:
+        return loss_sum, hits, None
+    p.mul_(weight / total)  # the softmax, weighted
+    p.scatter_add_(1, target, -weight)
+    return loss_sum, hits, p if p.dtype == logits.dtype else logits.copy_(p)
+
+
+def loss_fused(logits, target, weight, n_vocab: int, needs_grad: bool, counts_hits: bool):
+    """The same for a compiler, which makes two passes over the logits of it. A comparison with the
+    target instead of gather and scatter, for which it would write (n, V) float32 temporaries."""
+    column = torch.arange(logits.size(1), device=logits.device)
+    is_target, dtype = column == target, logits.dtype  # (n, V)
+    logits = logits.float().masked_fill(column >= n_vocab, -math.inf)
+    hits = (logits.argmax(1, keepdim=True) == target).sum() if counts_hits else 0
+    top = logits.amax(1, keepdim=True)  # (n, 1)
+    p = (logits - top).exp()
+    total, picked = (t.sum(1, keepdim=True) for t in (p, logits.masked_fill(~is_target, 0)))
+    loss_sum = ((total.log() + top - picked) * weight).sum()
+    if not needs_grad:
+        return loss_sum, hits, None
+    return loss_sum, hits, ((p / total - is_target.float()) * weight).to(dtype)
+
+
+@functools.cache
+def compiled(function):
+    return torch.compile(function)
+
+
+def loss_compiled(*args):
+    for tensor in args[:3]:
+        torch._dynamo.maybe_mark_dynamic(tensor, 0)  # n differs from chunk to chunk
+    return compiled(loss_fused)(*args)
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b; total is float32, a and b may be bfloat16."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    elif total.is_cuda and torch.version.cuda:  # not on ROCm, not on a CPU
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total += a @ b
 
 
 # ----- a linear layer on a CPU -------------------------------------------------------------------

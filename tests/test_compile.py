@@ -102,3 +102,23 @@ def test_ddp_around_compiled_blocks_makes_no_more_graphs(data, tmp_path, compile
     finally:
         dist.destroy_process_group()
     assert compiled_steps[1:] == [(1, 4)] * 4
+
+
+def test_loss_of_chunks_of_any_size_is_one_graph_and_equals_the_one_without_a_compiler(
+        compiled_steps, monkeypatch):
+    """On a GPU, where each graph costs seconds. aot_eager compiles all but the kernels."""
+    monkeypatch.setattr(fast, "compiled", lambda f: torch.compile(f, backend="aot_eager"))
+    random = torch.Generator().manual_seed(0)
+    for n in (256, 200, 77):
+        logits = 3 * torch.randn(n, 320, generator=random)
+        target = torch.randint(261, (n, 1), generator=random)
+        weight = torch.rand(n, 1, generator=random)
+        for needs_grad in (True, False):  # training; evaluation, which counts hits
+            rest = (target, weight, 261, needs_grad, not needs_grad)
+            found = fast.loss_compiled(logits.clone(), *rest)
+            loss, hits, d_logits = fast.loss_in_place(logits.clone(), *rest)
+            torch.testing.assert_close(found[0], loss, atol=0, rtol=1e-6)
+            assert found[1] == hits
+            if needs_grad:
+                torch.testing.assert_close(found[2], d_logits, atol=1e-7, rtol=1e-6)
+    assert counters["stats"]["unique_graphs"] == 2

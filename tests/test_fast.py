@@ -168,12 +168,17 @@ def set_chunk_rows(monkeypatch, rows: int) -> None:
     monkeypatch.setitem(fast.CHUNK_BYTES, "cpu", rows * ROW)
 
 
+each_loss = pytest.mark.parametrize("loss_of", [fast.loss_in_place, fast.loss_fused])
+
+
 @each_precision
+@each_loss
 @pytest.mark.parametrize("rows", [1, 7, 1000])  # 64 chunks of one row, 10 chunks, one chunk
 @pytest.mark.parametrize("counting", COUNTING)
 def test_chunked_loss_and_gradients_equal_those_of_full_logits(
-        monkeypatch, counting, rows, precision):
+        monkeypatch, counting, rows, loss_of, precision):
     set_chunk_rows(monkeypatch, rows)
+    monkeypatch.setattr(fast, "loss_in_place", loss_of)  # loss_fused is the one for a compiler
     model, batch = tiny_model(), a_batch(counting)
     with precision.autocast():
         want_loss = plain_loss_sum(model, *batch)
@@ -191,14 +196,24 @@ def test_chunked_loss_and_gradients_equal_those_of_full_logits(
         assert counting != "none" or not found.any()  # zero, but never missing
 
 
-def test_large_logits_do_not_overflow():
+@each_loss
+def test_large_logits_do_not_overflow(loss_of):
     hidden = torch.tensor([[100.0]], requires_grad=True)
     head = torch.tensor([[3.0], [1.0]], requires_grad=True)
     loss, _ = fast.SummedCrossEntropy.apply(hidden, head, torch.tensor([1]), torch.ones(1), 2,
-                                            True, False)
+                                            True, False, loss_of)
     loss.backward()
     assert loss.item() == pytest.approx(200)  # the target's logit 100 trails the other one's 300
     assert head.grad.flatten().tolist() == pytest.approx([100, -100])
+
+
+@pytest.mark.parametrize("n, chunks", [
+    (0, []), (1, [1]), (256, [256]), (257, [257]), (5_000, [5_000]), (5_121, [2_816, 2_305]),
+    (32_768, [4_864] * 6 + [3_584]), (15_360, [5_120] * 3)])
+def test_chunks_have_nearly_equal_sizes_that_suit_a_gpu(n, chunks):
+    """GPT-2's vocabulary and 1 GiB of float32 logits: at most 5,336 rows, rounded down to 5,120."""
+    rows = fast.chunk_rows(n, 50304, "cuda")
+    assert [len(chunk) for chunk in torch.empty(n).split(rows)] == (chunks or [0])
 
 
 class Watch(TorchDispatchMode):
