@@ -184,8 +184,10 @@ def eval_batches(val: Dataset, config: Config, ranks: Ranks) -> Iterator[MicroBa
     row of each of n equal parts: in `bucket` the first rows are the shortest."""
     n = min(len(val), max(1, config.eval_tokens // config.block_size))
     mine = [(2 * i + 1) * len(val) // (2 * n) for i in range(ranks.rank, n, ranks.world_size)]
-    for start in range(0, len(mine), config.batch_size):
-        yield make_batch(val, mine[start : start + config.batch_size], ranks)
+    B = max(1, min(config.batch_size, len(mine)))
+    mine += [len(val)] * (-len(mine) % B)  # all padding: compiled code is for one shape
+    for start in range(0, len(mine), B):
+        yield make_batch(val, mine[start : start + B], ranks)
 
 
 # ----- the optimizer step ------------------------------------------------------------------------
@@ -364,7 +366,7 @@ def train(config: Config, open_rows: Callable, forward: Callable, judge: Callabl
         gpt, state = make_model(config, rows.meta), None
     encoding = get_encoding(rows.meta["encoding"])
     memory = checks.check_start(gpt, config, run, ranks, encoding.n_vocab)
-    fast.speed_up(gpt.to(ranks.device), config.compile)
+    fast.speed_up(gpt.to(ranks.device), config.is_compiled(ranks.device))
     optimizer = make_optimizer(gpt, config)
     if state:
         optimizer.load_state_dict(state["optimizer"])

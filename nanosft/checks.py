@@ -31,6 +31,8 @@ def check_flags(config, world_size: int) -> None:
         if config.init != "scratch" and getattr(config, name) is not None:
             raise UserError(f"--{name} {getattr(config, name)} is only for --init scratch; --init "
                             f"{config.init} has its own size")
+    if config.compile and config.no_compile:
+        raise UserError("--compile and --no_compile: pass only one of them")
     if config.wandb and importlib.util.find_spec("wandb") is None:
         raise UserError(f"--wandb {config.wandb} needs a package; run `pip install wandb`")
     at_once = config.batch_size * world_size
@@ -76,7 +78,7 @@ def lock(out: str | Path) -> filelock.BaseFileLock:
 # --max_steps, only the resulting number of steps matters.
 MAY_CHANGE = {"data", "out", "resume", "epochs", "max_steps", "max_minutes", "batch_size",
               "eval_every", "eval_tokens", "eval_prompts", "save_every", "keep", "log_every",
-              "wandb", "device", "dtype", "dist_timeout", "compile"}
+              "wandb", "device", "dtype", "dist_timeout", "compile", "no_compile"}
 
 
 def check_same_run(saved: dict, now: dict) -> list[str]:
@@ -84,7 +86,7 @@ def check_same_run(saved: dict, now: dict) -> list[str]:
     changes = []
     for key, value in now.items():
         was = saved.get(key)
-        if was == value or key == "resume":
+        if was == value or key == "resume" or (key in MAY_CHANGE and key not in saved):
             continue
         if key == "data_sha256":
             raise UserError("--resume: this is not the data of the run in --out; pass that run's "

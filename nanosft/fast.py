@@ -7,17 +7,20 @@ that shows only beyond 2,048 tokens, or only for a target that is not among its 
 No form keeps a tensor: `.to`, `deepcopy`, and `load_state_dict(assign=True)` stay right.
 """
 
+import contextlib
 import functools
 import inspect
 import itertools
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+
+from nanosft.errors import one_line
 
 CHUNK_BYTES = {"cpu": 50 << 20, "cuda": 1 << 30}  # of logits held at once in the loss; cpu: LOG.md
 LOOP_FROM = 4096  # mean segment length * T from which a loop over segments beats a mask: LOG.md
@@ -47,9 +50,19 @@ def speed_up(gpt, compile: bool = False):
             for layer in linears:
                 layer.__class__ = FewRows
     for block in gpt.transformer.h if compile else ():
-        block.__class__ = eager_without_gradients(type(block))
         block.compile()
     return gpt
+
+
+def can_compile(device: torch.device) -> bool:
+    """Does torch.compile run here? On a GPU it needs Triton and a C compiler. If not, say so."""
+    try:
+        compiled(torch.square)(torch.ones(1, device=device))
+        return True
+    except Exception as error:  # of many types
+        reason = str(error).partition("\n")[0]
+        say(one_line(f"not compiled: torch.compile does not run here ({reason})"))
+        return False
 
 
 def say(line: str) -> None:
@@ -149,6 +162,14 @@ class Fast:
 
     is_compiled = False
 
+    def hidden(self, idx: Tensor, segments: Tensor | None = None, positions: Tensor | None = None,
+               attends: Sequence[Callable] | None = None) -> Tensor:
+        """Not compiled where generation calls it, with `attends`: it has too many shapes."""
+        with contextlib.ExitStack() as stack:
+            if self.is_compiled and attends is not None:
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            return super().hidden(idx, segments, positions, attends)
+
     def attention_for(self, segments: Tensor | None, device: torch.device | None = None):
         """Preferably with segments on the CPU: then counting them never waits for a GPU."""
         form = None
@@ -180,19 +201,6 @@ class Fast:
         if self.hits is not None:
             self.hits += torch.stack([hits, torch.full_like(hits, len(kept))])
         return loss
-
-
-@functools.cache  # one class for all blocks: one graph
-def eager_without_gradients(block_class: type) -> type:
-    """Evaluation and generation have so many shapes that they would hit dynamo's recompile limit,
-    so a compiled block is for training only."""
-
-    def call(self, *args, **kwargs):
-        run = super(compiled, self).__call__ if torch.is_grad_enabled() else self.forward
-        return run(*args, **kwargs)
-
-    compiled = type(block_class.__name__, (block_class,), {"__call__": call})
-    return compiled
 
 
 # ----- rows on their way to a GPU ----------------------------------------------------------------

@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
+import tyro
 from annotated_types import Ge, Gt, Lt
 from tqdm import tqdm
 
-from nanosft import checks
+from nanosft import checks, fast
 from nanosft.errors import UserError, explain_write_errors, flush, write_json, written_atomically
 from nanosft.ranks import Dtype
 from nanosft.shards import new_folder, verify, write_sums
@@ -53,8 +54,15 @@ class RunFlags:
     CPUs without bfloat16 instructions emulate it, many times slower"""
     dist_timeout: Annotated[float, Gt(0), Lt(5_000_000)] = 10
     """minutes that a rank waits for the others; must exceed the time to save a checkpoint"""
-    compile: bool = False
-    """torch.compile the blocks: slower to start, faster steps on a GPU"""
+    compile: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """torch.compile the blocks and, on a GPU, the loss; default: on CUDA, if the compiler runs"""
+    no_compile: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """do not compile: slower steps on a GPU, but a faster start"""
+
+    def is_compiled(self, device: torch.device) -> bool:
+        """What --compile and --no_compile, or neither, mean on this device."""
+        by_default = device.type == "cuda" and not self.no_compile
+        return self.compile or (by_default and fast.can_compile(device))
 
 
 class Run:

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch._dynamo
 import torch.distributed as dist
+import tyro
 from helpers_training import (
     fine_tune,
     pretrain,
@@ -24,7 +25,8 @@ from nanosft import fast
 
 @pytest.fixture
 def compiled_steps(monkeypatch):
-    """For each training step: (graphs made so far, how often it ran one). Needs no compiler."""
+    """For each training step: (graphs made so far, how often one was run since the step before,
+    and how often in this step). Needs no compiler."""
     torch._dynamo.reset()
     counters.clear()
     runs, steps, train_step = [], [], train_gpt2.train_step
@@ -34,9 +36,11 @@ def compiled_steps(monkeypatch):
         return lambda *args: runs.append(1) or compiled(*args)
 
     def counted(*args, **kwargs):
+        before = len(runs)
         runs.clear()
         row = train_step(*args, **kwargs)
-        steps.append((counters["stats"]["unique_graphs"], len(runs)))
+        steps.append((counters["stats"]["unique_graphs"], before, len(runs)))
+        runs.clear()
         return row
 
     by_backend = functools.partialmethod(torch.nn.Module.compile, backend=backend)
@@ -47,7 +51,8 @@ def compiled_steps(monkeypatch):
 
 
 FLAGS = {"compile": True, "max_steps": 5, "eval_every": 1, "block_size": 32, "n_layer": 2}
-GRAPHS = {"fit": 1, "bucket": 2}  # rows of one length; then of any length
+# rows of one length; then of any length; each for training and for evaluation
+GRAPHS = {"fit": 2, "bucket": 4}
 
 
 @pytest.fixture(scope="module")
@@ -59,17 +64,21 @@ def data(tmp_path_factory):
 
 
 @pytest.mark.parametrize("layout", GRAPHS)
-def test_every_training_step_is_compiled_whatever_is_evaluated_and_sampled_in_between(
+def test_training_and_evaluation_are_compiled_whatever_is_answered_in_between(
         layout, data, tmp_path, compiled_steps):
-    fine_tune(data / "sft", tmp_path / "out", layout=layout, **FLAGS)
-    assert compiled_steps[1:] == [(GRAPHS[layout], 4)] * 4  # 2 micro-batches, 2 blocks in each
+    """Answers are not: each of their steps has a shape of its own."""
+    fine_tune(data / "sft", tmp_path / "out", layout=layout, eval_prompts=4, **FLAGS)
+    # 2 blocks in each of the 2 micro-batches of a step; before it, in the one whose loss decides
+    # whether weights may be kept, and in all of the evaluation
+    n_batches = 5 if layout == "bucket" else 2
+    assert compiled_steps[1:] == [(GRAPHS[layout], 2 + 2 * n_batches, 4)] * 4
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_twelve_blocks_share_one_graph(dtype, data, tmp_path, compiled_steps):
     """More than dynamo's limit of 8 graphs for one function, after which it would run eagerly."""
     fine_tune(data / "sft", tmp_path / "out", dtype=dtype, **(FLAGS | {"n_layer": 12}))
-    assert compiled_steps[1:] == [(1, 24)] * 4
+    assert [(graphs, n) for graphs, _, n in compiled_steps[1:]] == [(2, 24)] * 4
 
 
 def test_varlen_kernel_is_compiled_for_any_number_of_examples_in_a_row(
@@ -88,7 +97,8 @@ def test_varlen_kernel_is_compiled_for_any_number_of_examples_in_a_row(
     monkeypatch.setattr(fast, "send", lambda tensor, device: tensor.to("cpu"))
     monkeypatch.setattr(fast, "isolated", varlen)
     fine_tune(data / "sft", tmp_path / "out", dtype="bfloat16", **FLAGS)
-    assert compiled_steps[2:] == [(compiled_steps[-1][0], 4)] * 3  # one graph in each block
+    graphs, _, _ = compiled_steps[-1]
+    assert [(made, n) for made, _, n in compiled_steps[2:]] == [(graphs, 4)] * 3
 
 
 def test_ddp_around_compiled_blocks_makes_no_more_graphs(data, tmp_path, compiled_steps,
@@ -101,7 +111,7 @@ def test_ddp_around_compiled_blocks_makes_no_more_graphs(data, tmp_path, compile
         pretrain(data / "text", tmp_path / "out", **FLAGS)
     finally:
         dist.destroy_process_group()
-    assert compiled_steps[1:] == [(1, 4)] * 4
+    assert [(graphs, n) for graphs, _, n in compiled_steps[1:]] == [(2, 4)] * 4
 
 
 def test_loss_of_chunks_of_any_size_is_one_graph_and_equals_the_one_without_a_compiler(
@@ -122,3 +132,24 @@ def test_loss_of_chunks_of_any_size_is_one_graph_and_equals_the_one_without_a_co
             if needs_grad:
                 torch.testing.assert_close(found[2], d_logits, atol=1e-7, rtol=1e-6)
     assert counters["stats"]["unique_graphs"] == 2
+
+
+@pytest.mark.parametrize("words, on_cuda, on_cpu", [
+    ([], True, False), (["--compile"], True, True), (["--no_compile"], False, False)])
+def test_compiled_by_default_on_cuda_only(words, on_cuda, on_cpu, monkeypatch):
+    monkeypatch.setattr(fast, "can_compile", lambda device: True)
+    flags = tyro.cli(train_gpt2.Config, args=["--data", "d", "--out", "o", *words],
+                     use_underscores=True)
+    assert flags.is_compiled(torch.device("cuda")) == on_cuda
+    assert flags.is_compiled(torch.device("cpu")) == on_cpu
+
+
+def test_where_the_compiler_does_not_run_a_gpu_trains_without_it_and_a_line_says_so(
+        monkeypatch, capsys):
+    def broken(function):
+        raise RuntimeError("Failed to find C compiler.\nPlease specify via CC")
+
+    monkeypatch.setattr(fast, "compiled", broken)
+    assert not train_gpt2.Config("", "").is_compiled(torch.device("cuda"))
+    assert capsys.readouterr().out == ("not compiled: torch.compile does not run here (Failed to "
+                                       "find C compiler.)\n")
