@@ -210,12 +210,16 @@ class SFTDataset(Dataset):
         """What an error calls the text at this position."""
         return f"example {self.tokens(i)[3][column]}"
 
-    def batch(self, indices: Sequence[int | None]) -> dict:
-        """The fields of a MicroBatch: x, y, weights, segments (B, T), and n_tokens."""
+    def batch(self, indices: Sequence[int | None], multiple: int = 1) -> dict:
+        """The fields of a MicroBatch: x, y, weights, segments (B, T), and n_tokens.
+
+        multiple: in `bucket`, T is a multiple of it, or block_size.
+        """
         x, y, weights, segments = self.padded(indices).values()
         real = segments >= 0  # (B, T), False for padding
         if self.layout == "bucket":  # cut off the columns that are padding in every row
             T = max(1, int(real.any(0).sum()))
+            T += -T % multiple  # slicing caps it at block_size
             x, y, weights, segments = (t[:, :T] for t in (x, y, weights, segments))
         if self.layout in ("pad", "bucket") or not self.isolate:
             segments = None  # each row is one right-padded text: the causal mask suffices

@@ -126,8 +126,8 @@ class TokenRows(Dataset):
         x, y, _ = self.batch([i]).values()
         return {"input_ids": x[0], "labels": y[0]}
 
-    def batch(self, indices: Sequence[int | None]) -> dict:
-        """The fields of a MicroBatch; None is a row that is all padding."""
+    def batch(self, indices: Sequence[int | None], multiple: int = 1) -> dict:
+        """The fields of a MicroBatch, whose rows all have T tokens; None: all padding."""
         T = self.block_size
         x = torch.zeros(len(indices), T, dtype=torch.long)
         y = torch.full_like(x, IGNORE_INDEX)
@@ -159,7 +159,7 @@ def steps_per_epoch(rows: Dataset, config: Config) -> int:
 
 def make_batch(rows: Dataset, indices: Iterable[int], ranks: Ranks) -> MicroBatch:
     """Rows as one micro-batch; all padding for each index past the end."""
-    batch = rows.batch([i if i < len(rows) else None for i in indices])
+    batch = rows.batch([i if i < len(rows) else None for i in indices], ranks.length_multiple)
     return MicroBatch(**ranks.pin(batch))
 
 

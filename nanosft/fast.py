@@ -19,6 +19,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nanosft.errors import one_line
 
@@ -51,6 +52,9 @@ def speed_up(gpt, compile: bool = False):
                 layer.__class__ = FewRows
     for block in gpt.transformer.h if compile else ():
         block.compile()
+    for layer in gpt.modules() if compile else ():
+        if type(layer) is nn.Embedding:
+            layer.__class__ = HalfEmbedding
     return gpt
 
 
@@ -172,12 +176,15 @@ class Fast:
 
     def attention_for(self, segments: Tensor | None, device: torch.device | None = None):
         """Preferably with segments on the CPU: then counting them never waits for a GPU."""
-        form = None
+        form, weight = None, self.lm_head.weight
         if segments is not None:
-            weight, head_size = self.lm_head.weight, self.config.n_embd // self.config.n_head
+            head_size = self.config.n_embd // self.config.n_head
             is_half = torch.is_autocast_enabled(weight.device.type) or weight.itemsize == 2
             form = isolated(segments, weight.device, head_size, is_half, self.is_compiled)
-        return form or super().attention_for(segments, device)
+        attend = form or super().attention_for(segments, device)
+        if weight.is_cuda and not (torch.is_grad_enabled() or self.is_compiled):
+            return functools.partial(without_cudnn, attend)
+        return attend
 
     def attend_cached(self, attend, q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
         mask, last = None, k.size(2) - 1
@@ -185,7 +192,8 @@ class Fast:
         if len(positions) > 1 and (positions.is_cuda or positions.min() < last):
             seen = torch.arange(last + 1, device=q.device) <= positions[:, None]  # (B, n)
             mask = seen[:, None, None]  # (B, 1, 1, n)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        attend = functools.partial(F.scaled_dot_product_attention, attn_mask=mask)
+        return without_cudnn(attend, q, k, v) if q.is_cuda else attend(q, k, v)
 
     def nll_sum(self, x: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
         """The targets may be on the CPU: then finding those that count never waits for a GPU."""
@@ -240,10 +248,11 @@ def isolated(segments: Tensor, device: torch.device, head_size: int, is_half: bo
     B, T = segments.shape
     changes = segments[:, 1:] != segments[:, :-1]
     starts = F.pad(changes, (1, 0), value=True).flatten().nonzero().flatten()
+    offsets = F.pad(starts, (0, 1), value=B * T)
     if device.type == "cuda" and has_varlen(device, head_size, is_half):
-        return Varlen(send(F.pad(starts, (0, 1), value=B * T).int(), device), T)
+        return Varlen(send(offsets.int(), device), int(offsets.diff().max()))
     if device.type == "cpu" and not is_compiled and len(starts) * LOOP_FROM <= B * T * T:
-        return Looped(torch.diff(starts, append=torch.tensor([B * T])).tolist())
+        return Looped(offsets.diff().tolist())
     return None
 
 
@@ -261,6 +270,13 @@ def has_varlen(device: torch.device, head_size: int, is_half: bool) -> bool:
     if needs:
         say(f"isolated attention falls back to a dense mask: the varlen kernel needs {needs[0]}")
     return not needs
+
+
+def without_cudnn(attend: Callable, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """For shapes that differ from call to call: cuDNN, which PyTorch prefers on an H100, plans each
+    anew, and a step of generation took 44 to 61 ms."""
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+        return attend(q, k, v)
 
 
 class Looped:
@@ -283,11 +299,12 @@ class Looped:
 class Varlen:
     """All segments in one kernel, on CUDA in 16-bit precision.
 
-    offsets (segments + 1,) int32: where each begins in the B * T tokens, and their end.
+    offsets (segments + 1,) int32: where each begins in the B * T tokens, and their end. longest:
+    the length of the longest, for which the kernel reserves blocks in every segment.
     """
 
     def __init__(self, offsets: Tensor, longest: int):
-        self.offsets, self.longest = offsets, longest  # an upper bound is enough for the latter
+        self.offsets, self.longest = offsets, longest
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         from torch.nn.attention.varlen import varlen_attn
@@ -413,6 +430,18 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:
         total += a @ b
+
+
+# ----- the residual stream on a GPU --------------------------------------------------------------
+
+
+class HalfEmbedding(nn.Embedding):
+    """Under autocast in its dtype, and with it the residual stream, which compiled blocks mostly
+    wait for: bfloat16 halves its bytes, as in llm.c and nanochat. LOG.md has what it changes."""
+
+    def forward(self, idx: Tensor) -> Tensor:
+        x, device = super().forward(idx), self.weight.device.type
+        return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 
 # ----- a linear layer on a CPU -------------------------------------------------------------------

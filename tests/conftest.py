@@ -115,7 +115,7 @@ def varlen_on_cpu():
 
     def softmax(q, k, cu_q, cu_k, max_q, max_k, window):  # (n_head, N, N)
         assert cu_q.dtype == torch.int32 and torch.equal(cu_q, cu_k)
-        assert (cu_q[0], cu_q[-1]) == (0, len(q)) and max_q == max_k >= cu_q.diff().max()
+        assert (cu_q[0], cu_q[-1]) == (0, len(q)) and max_q == max_k == cu_q.diff().max()
         assert q.size(2) % 8 == 0
         text = torch.bucketize(torch.arange(len(q)), cu_q[1:], right=True)
         seen = text[:, None] == text

@@ -1,5 +1,6 @@
 """--compile: one graph of a block, made in the first steps, and every later step runs it."""
 
+import copy
 import functools
 
 import pytest
@@ -13,6 +14,7 @@ from helpers_training import (
     random_examples,
     sft_folder,
     text_folder,
+    tiny_model,
 )
 from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.utils import counters
@@ -79,6 +81,21 @@ def test_twelve_blocks_share_one_graph(dtype, data, tmp_path, compiled_steps):
     """More than dynamo's limit of 8 graphs for one function, after which it would run eagerly."""
     fine_tune(data / "sft", tmp_path / "out", dtype=dtype, **(FLAGS | {"n_layer": 12}))
     assert [(graphs, n) for graphs, _, n in compiled_steps[1:]] == [(2, 24)] * 4
+
+
+@pytest.mark.parametrize("compile", [True, False])
+def test_residual_stream_of_compiled_blocks_is_bfloat16_under_autocast(compile, compiled_steps):
+    """And differs from the float32 one by bfloat16's rounding, in 4 blocks, of which each adds."""
+    want, x = tiny_model(n_layer=4), torch.arange(24).view(2, 12)
+    model = fast.speed_up(copy.deepcopy(want), compile)
+    model.transformer.ln_f.register_forward_pre_hook(lambda _, inputs: seen.append(*inputs))
+    seen = []
+    with torch.autocast("cpu", torch.bfloat16):
+        model.hidden(x)
+    assert seen[0].dtype == (torch.bfloat16 if compile else torch.float32)
+    torch.testing.assert_close(model.hidden(x), want.hidden(x), atol=1e-5, rtol=1e-5)
+    assert seen[1].dtype == torch.float32  # without autocast
+    assert (seen[0] - seen[1]).norm() < 0.01 * seen[1].norm()
 
 
 def test_varlen_kernel_is_compiled_for_any_number_of_examples_in_a_row(

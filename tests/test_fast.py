@@ -127,6 +127,17 @@ def test_forward_and_backward_never_wait_for_the_device(monkeypatch):
     assert all(p.grad.is_meta for p in model.parameters())
 
 
+def test_attention_for_shapes_that_change_leaves_cudnn_out():
+    def attend(q, k, v):
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+        assert torch.backends.cuda.flash_sdp_enabled() and torch.backends.cuda.math_sdp_enabled()
+        return q + k + v
+
+    was = torch.backends.cuda.cudnn_sdp_enabled()
+    assert fast.without_cudnn(attend, *torch.ones(3, 2)).tolist() == [3, 3]
+    assert torch.backends.cuda.cudnn_sdp_enabled() == was
+
+
 def test_loop_is_for_long_segments_and_the_dense_mask_for_short_ones(monkeypatch):
     """LOOP_FROM is compared with the mean segment length times T, here 8."""
     monkeypatch.setattr(fast, "LOOP_FROM", 32)

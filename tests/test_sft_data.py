@@ -596,6 +596,15 @@ def test_batch_stacks_rows_and_bucket_cuts_columns_that_are_all_padding(sft_shar
     assert batch["n_tokens"] == 3  # padding does not count
 
 
+@pytest.mark.parametrize("multiple, T", [(1, 3), (2, 4), (4, 4), (64, 7)])
+def test_length_of_a_bucket_is_rounded_up_but_not_beyond_the_block_size(sft_shards, multiple, T):
+    """Four ids, so three positions are read. On a GPU each new length costs time."""
+    dataset = SFTDataset(sft_shards([{"text": "abc"}]), "train", 7, "bucket")
+    batch = dataset.batch([0], multiple)
+    assert batch["x"].tolist() == [[97, 98, 99, EOT, EOT, EOT, EOT][:T]]
+    assert batch["n_tokens"] == 3
+
+
 def test_batch_keeps_one_column_of_a_bucket_of_filler(sft_shards):
     """A rank without rows left still runs the model."""
     dataset = SFTDataset(sft_shards([qa()]), "train", 8, "bucket")

@@ -339,7 +339,7 @@ class Numbers:
     def __len__(self):
         return self.n
 
-    def batch(self, indices):
+    def batch(self, indices, multiple):
         assert all(i is None or 0 <= i < self.n for i in indices)
         return {"x": torch.tensor([-1 if i is None else i for i in indices]), "y": None}
 

@@ -165,8 +165,8 @@ class MeanOfMeans(SFTDataset):
     """Each micro-batch counts the same, however many of its tokens are in the loss: the mean of
     their means."""
 
-    def batch(self, indices: Sequence[int | None]) -> dict:
-        batch = super().batch(indices)
+    def batch(self, indices: Sequence[int | None], multiple: int = 1) -> dict:
+        batch = super().batch(indices, multiple)
         # any constant will do; a large one, because the trainer adds up weights in whole percent
         batch["weights"] *= 1000 / batch["weights"].sum().clamp(min=1)
         return batch
