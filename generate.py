@@ -30,7 +30,7 @@ def stream(gpt, prompts: Sequence[Sequence[int]], max_new_tokens: int, temperatu
     lengths, block_size = [len(prompt) for prompt in prompts], gpt.config.block_size
     check_request(lengths, block_size, max_new_tokens, temperature, top_k, top_p)
     sampler = torch.Generator(gpt.lm_head.weight.device).manual_seed(seed)
-    cache = Cache(gpt, lengths, min(max(lengths) + max_new_tokens, block_size))
+    cache = gpt.new_cache(lengths, min(max(lengths) + max_new_tokens, block_size))
     x = cache.read(prompts)  # (B, C)
     rows = list(range(len(prompts)))  # the prompt index of each unfinished row
     budgets = [min(max_new_tokens, block_size - n) for n in lengths]  # new tokens left

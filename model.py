@@ -4,8 +4,8 @@ It knows nothing about chats or fine-tuning: pretraining and SFT call the same `
 (B, T) ids. `segments` numbers the examples that share a row: they do not attend to each other, and
 positions start at 0 in each, so a packed example gets the same logits as it would alone.
 
-What you read here is what runs. nanosft/fast.py can replace three of GPT's functions, and linear
-layers, with faster ones that gave the same result when compared; generate.py calls the same
+What you read here is what runs. nanosft/fast.py can replace some of GPT's functions, and layers,
+with faster ones that gave the same result when compared; generate.py calls the same
 `hidden` and `logits`. So what you change here changes training, evaluation, and generation.
 
 Shapes: B rows, T tokens, C = n_embd, hs = C / n_head, V = vocab_size, N = non-ignored targets.
@@ -136,9 +136,10 @@ def isolated_positions(segments: Tensor) -> Tensor:
 
 
 class GPT(nn.Module):
-    # nanosft/fast.py may replace these two, and nll_sum below, by faster equivalents
+    # nanosft/fast.py may replace these three, and nll_sum below, by faster equivalents
     attention_for = staticmethod(attention_for)
     attend_cached = staticmethod(generate.attend_cached)
+    new_cache = functools.partialmethod(generate.Cache)
 
     def __init__(self, config: GPTConfig):
         super().__init__()

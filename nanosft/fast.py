@@ -74,6 +74,9 @@ def say(line: str) -> None:
         print(line)
 
 
+say_once = functools.cache(say)
+
+
 @torch.enable_grad()
 def agree(module: nn.Module, other: type, trial) -> bool:
     """Does trial(module), a list of tensors or None, give the same if its class is `other`?"""
@@ -186,10 +189,18 @@ class Fast:
             return functools.partial(without_cudnn, attend)
         return attend
 
+    def new_cache(self, lengths: list[int], end: int):
+        device = self.lm_head.weight.device
+        if not has_graphs(device):
+            return super().new_cache(lengths, end)
+        cache = super().new_cache(lengths, end + -end % 8)  # 8: for the attention kernel
+        cache.__class__ = type("Cache", (Graphed, type(cache)), {})
+        return cache
+
     def attend_cached(self, attend, q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
         mask, last = None, k.size(2) - 1
-        # the longest row, so also a single one, sees all keys
-        if len(positions) > 1 and (positions.is_cuda or positions.min() < last):
+        # in eager mode the longest row, so also a single one, sees all keys
+        if has_graphs(q.device) or (len(positions) > 1 and positions.min() < last):
             seen = torch.arange(last + 1, device=q.device) <= positions[:, None]  # (B, n)
             mask = seen[:, None, None]  # (B, 1, 1, n)
         attend = functools.partial(F.scaled_dot_product_attention, attn_mask=mask)
@@ -209,6 +220,75 @@ class Fast:
         if self.hits is not None:
             self.hits += torch.stack([hits, torch.full_like(hits, len(kept))])
         return loss
+
+
+# ----- generation on a GPU -----------------------------------------------------------------------
+
+
+def has_graphs(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
+class Graphed:
+    """A generate.Cache whose step for new tokens is one CUDA graph: launching its kernels one by
+    one takes several times as long as they run.
+
+    A graph has fixed shapes and addresses. So new tokens attend to all of the cache, masked, and a
+    finished row keeps its slot, doing nothing of use, until half of the rows are finished.
+    """
+
+    def read(self, prompts) -> Tensor:
+        x = super().read(prompts)
+        self.start()
+        return x
+
+    def start(self) -> None:
+        self.slots, self.tokens = self.rows, torch.zeros_like(self.lengths)
+        self.longest, self.replay = self.end, None
+
+    def append(self, tokens: Tensor) -> Tensor:
+        self.tokens[self.slots] = tokens
+        if self.replay is None:
+            self.x, self.replay = record(self.step)
+        self.replay()
+        self.lengths[self.slots] += 1
+        return self.x[self.slots]
+
+    def step(self) -> Tensor:
+        last = min(self.end, self.gpt.config.block_size) - 1
+        self.new_at = self.lengths.clamp(max=last)  # a finished row may be full
+        return self.run(self.tokens[:, None], self.new_at[:, None], self.attend_new)[:, 0]
+
+    def keep(self, rows: list[int]) -> None:
+        self.slots = self.slots[rows]
+        if 2 * len(self.slots) <= len(self.lengths):
+            super().keep(self.slots.tolist())
+            self.start()
+
+
+def record(step: Callable) -> tuple[Tensor, Callable]:
+    """(the result of step(), a function that computes it again, in place)."""
+    try:
+        return capture(step)
+    except RuntimeError as error:  # a changed network may wait for the device, say
+        say_once(one_line(f"generation: its steps run without a CUDA graph ({error})"))
+    x = step().clone()
+    return x, lambda: x.copy_(step())
+
+
+def capture(step: Callable) -> tuple[Tensor, Callable]:
+    """`record`, as a CUDA graph. step() depends only on tensors that stay where they are."""
+    side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    side.wait_stream(torch.cuda.current_stream())
+    # cache_enabled: weights that autocast has cached may be freed before the graph
+    with torch.autocast("cuda", enabled=torch.is_autocast_enabled("cuda"), cache_enabled=False):
+        with torch.cuda.stream(side):
+            step()  # loads kernels, which cannot be recorded
+        torch.cuda.current_stream().wait_stream(side)
+        # thread_local: other threads, such as NCCL's, may go on calling CUDA
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            x = step()
+    return x, graph.replay
 
 
 # ----- rows on their way to a GPU ----------------------------------------------------------------

@@ -13,11 +13,15 @@ from tokenizer import get_encoding
 PROMPTS = [[72, 105], [1], [3, 1, 4, 1, 5, 9, 2, 6], [258, 104, 105, 260, 259]]
 
 
-@pytest.fixture(autouse=True, params=["plain", "fast"])
+@pytest.fixture(autouse=True, params=["plain", "fast", "graphed"])
 def form(request, monkeypatch):
-    """Everything here holds for generate.py alone and with the forms of nanosft/fast.py."""
+    """Everything here holds for generate.py alone and with the forms of nanosft/fast.py, of which a
+    GPU runs steps recorded as CUDA graphs; without one, a recording computes the step again."""
     if request.param == "plain":
         monkeypatch.setattr(fast, "speed_up", lambda model: model)
+    if request.param == "graphed":
+        monkeypatch.setattr(fast, "has_graphs", lambda device: True)
+    return request.param
 
 
 def a_model(seed: int = 0, spread: float = 0.3):
@@ -126,6 +130,22 @@ def test_row_ends_with_its_stop_id_and_the_others_continue():
     want = [until_stop(answer) for answer in free]
     assert len({len(answer) for answer in want}) == 3 and not set(want[3]) & set(stop_ids)
     assert model.generate(PROMPTS, 15, temperature=0, stop_ids=stop_ids) == want
+
+
+def test_steps_are_recorded_anew_only_when_half_of_the_rows_are_finished(form, monkeypatch):
+    """Prompts of 22 to 31 of 32 tokens, so one row is finished after each step."""
+    sizes, record = [], fast.record
+
+    def counted(step):
+        sizes.append(len(step.__self__.lengths))
+        return record(step)
+
+    monkeypatch.setattr(fast, "record", counted)
+    prompts = [[1 + n] * n for n in range(22, 32)]
+    model = a_model()
+    assert model.generate(prompts, 20, temperature=0) == [naive(model, p, 32 - len(p))
+                                                          for p in prompts]
+    assert sizes == ([10, 5, 2] if form == "graphed" else [])  # the last row has no step alone
 
 
 def test_answer_ends_where_the_row_fills_the_block_size():
