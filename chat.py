@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Annotated
 
+import torch
 from annotated_types import Ge, Gt, Le
 
 import generate
@@ -43,7 +44,7 @@ class Config:
     device: str = "auto"
     """auto, cuda, mps, or cpu"""
     dtype: Dtype = "auto"
-    """of matrix products; auto: bfloat16 on GPUs that support it, else float32"""
+    """of the weights; auto: bfloat16 on GPUs that support it, else float32"""
 
 
 class Chat:
@@ -53,6 +54,7 @@ class Chat:
         self.config = config
         self.ranks = setup_distributed(config.device, dtype=config.dtype)
         self.model, self.encoding, self.template = load_assistant(config.model, self.ranks.device)
+        self.model.to(getattr(torch, self.ranks.dtype))
         self.reset(config.system)
 
     def reset(self, system: str | None = None) -> None:
@@ -107,9 +109,8 @@ class Chat:
 
 
 def say(chat: Chat, text: str) -> None:
-    with chat.ranks.autocast():
-        for piece in chat.answer(text):
-            print(piece, end="", flush=True)
+    for piece in chat.answer(text):
+        print(piece, end="", flush=True)
     print()
 
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
+import torch
 from annotated_types import Ge
 
 from answer import (
@@ -25,7 +26,8 @@ from answer import (
     score,
     tokenize_prompt_and_output,
 )
-from model import IGNORE_INDEX
+from model import GPT, IGNORE_INDEX
+from nanosft import fast
 from nanosft.cli import run_cli
 from nanosft.errors import UserError
 from nanosft.forms import Counts, Reading, messages_of
@@ -51,8 +53,8 @@ class Config(Reading):
     """answer only the first N rows; None: all"""
     max_new_tokens: Annotated[int, Ge(1)] = 256
     """the longest answer, in tokens"""
-    batch_size: Annotated[int, Ge(1)] = 32
-    """prompts answered at once on each rank"""
+    batch_size: Annotated[int | None, Ge(1)] = None
+    """prompts answered at once on each rank; default: 32, on a GPU without sampling up to 256"""
     temperature: Annotated[float, Ge(0)] = 0.0
     """of sampling; 0: greedy decoding"""
     seed: int = 0
@@ -62,7 +64,7 @@ class Config(Reading):
     device: str = "auto"
     """auto, cuda, mps, or cpu"""
     dtype: Dtype = "auto"
-    """of matrix products; auto: bfloat16 on GPUs that support it, else float32"""
+    """of the weights; auto: bfloat16 on GPUs that support it, else float32"""
 
 
 def read_questions(config: Config, assistant: Assistant) -> list[dict]:
@@ -109,19 +111,29 @@ def answer_questions(config: Config, assistant: Assistant, questions: list[dict]
     # --max_new_tokens would leave one token of it. The answer may use all that the prompt leaves.
     room = min(config.max_new_tokens, block_size // 2)
     prompts = [cut_prompt(q["prompt"], room, block_size, q["place"]) for q in mine]
-    answers = assistant.answer(prompts, config.max_new_tokens, config.batch_size,
+    answers = assistant.answer(prompts, config.max_new_tokens,
+                               rows_at_once(config, assistant.model, prompts),
                                config.temperature, config.seed)
     return [{"row": ranks.rank + i * ranks.world_size, "messages": q["messages"][:-1],
              "reference": q["reference"], "answer": a.text, "tokens": a.n_tokens,
              **score(a, q["reference"], how)} for i, (q, a) in enumerate(zip(mine, answers))]
 
 
+def rows_at_once(config: Config, model: GPT, prompts: list[list[int]]) -> int:
+    """--batch_size, or as many rows as the free memory of the GPU takes."""
+    if config.batch_size or config.temperature or not model.lm_head.weight.is_cuda:
+        return config.batch_size or 32  # sampled answers depend on the batch
+    longest = max(map(len, prompts), default=0) + config.max_new_tokens
+    return fast.rows_that_fit(model, min(longest, model.config.block_size))
+
+
 def reference_batches(config: Config, assistant: Assistant, questions: list[dict], ranks: Ranks,
                       ) -> Iterator[MicroBatch]:
     """This rank's prompts with their references; a pair that is too long is cut on the left."""
     block_size, mine = assistant.model.config.block_size, questions[ranks.rank :: ranks.world_size]
-    for start in range(0, len(mine), config.batch_size):
-        batch = mine[start : start + config.batch_size]
+    B = config.batch_size or 32
+    for start in range(0, len(mine), B):
+        batch = mine[start : start + B]
         answers = [q["answer"][:block_size] for q in batch]
         prompts = [q["prompt"][-(block_size + 1 - len(a)) :] for q, a in zip(batch, answers)]
         pairs = tokenize_prompt_and_output(assistant.encoding, prompts, answers)
@@ -145,11 +157,11 @@ def main(config: Config) -> None:
     questions = read_questions(config, assistant)
     how = choose_extraction(config, questions)
 
-    # --- 2. each rank answers its share, each row once ---
-    with ranks.autocast():
-        records = answer_questions(config, assistant, questions, how, ranks)
+    # --- 2. each rank judges its share of the references and answers its share of the prompts ---
     batches = reference_batches(config, assistant, questions, ranks)
     losses = token_loss(assistant.model, batches, ranks)
+    assistant.model.to(getattr(torch, ranks.dtype))
+    records = answer_questions(config, assistant, questions, how, ranks)
 
     # --- 3. gather and report ---
     records = ranks.gather(records)

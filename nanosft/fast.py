@@ -266,6 +266,19 @@ class Graphed:
             self.start()
 
 
+def rows_that_fit(gpt, positions: int, most: int = 256) -> int:
+    """How many prompts, answers included, the free memory of the GPU takes at once.
+
+    Keys and values of all layers, 1.5 times while finished rows are removed; to read a prompt,
+    about 16 * C values a token; for a new token, two copies of its logits in float32.
+    """
+    C, weight = gpt.config.n_embd, gpt.lm_head.weight
+    values = (3 * gpt.config.n_layer + 16) * C * positions + 4 * gpt.config.vocab_size
+    free, _ = torch.cuda.mem_get_info(weight.device)
+    free += torch.cuda.memory_reserved(weight.device) - torch.cuda.memory_allocated(weight.device)
+    return int(min(most, max(1, 0.9 * free // (values * weight.itemsize))))
+
+
 def record(step: Callable) -> tuple[Tensor, Callable]:
     """(the result of step(), a function that computes it again, in place)."""
     try:

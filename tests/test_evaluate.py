@@ -104,14 +104,14 @@ def test_loaded_model_is_sped_up_once_after_it_is_on_its_device(tmp_path, monkey
 
 @pytest.fixture
 def calls(monkeypatch) -> list[dict]:
-    """The arguments of generate.stream at each call, and the dtype of matrix products there."""
+    """The arguments of generate.stream at each call, and the dtype of the weights."""
     seen, stream = [], generate.stream
 
     def spy(*args, **kwargs):
         bound = inspect.signature(stream).bind(*args, **kwargs)
         bound.apply_defaults()
-        is_bfloat16 = torch.is_autocast_enabled("cpu")
-        seen.append(bound.arguments | {"dtype": "bfloat16" if is_bfloat16 else "float32"})
+        dtype = bound.arguments["gpt"].lm_head.weight.dtype
+        seen.append(bound.arguments | {"dtype": str(dtype).removeprefix("torch.")})
         return stream(*args, **kwargs)
 
     monkeypatch.setattr(generate, "stream", spy)
@@ -232,6 +232,26 @@ def test_pair_that_is_too_long_loses_the_start_of_its_prompt_then_the_end_of_its
     assert (last.x.tolist(), last.y.tolist()) == ([[1, 2]], [[-100, 11]])
 
 
+@pytest.mark.parametrize("free, dtype, rows", [
+    (10**12, "float32", 256), (10**8, "float32", 64), (10**8, "bfloat16", 128), (0, "float32", 1)])
+def test_gpu_answers_as_many_prompts_at_once_as_its_free_memory_takes(
+        free, dtype, rows, monkeypatch):
+    """2 layers of C = 32, 500 positions: (3 * 2 + 16) * 32 * 500 + 4 * 320 values a row, so 1.4 MB
+    in float32, of 90% of 101 MB."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 10**12))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 9 * 10**6)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 8 * 10**6)
+    model = tiny_model(block_size=512).to(getattr(torch, dtype))
+    assert fast.rows_that_fit(model, 500) == rows
+
+
+@pytest.mark.parametrize("flags, rows", [({}, 32), ({"batch_size": 7}, 7),
+                                         ({"temperature": 1.0}, 32)])
+def test_prompts_answered_at_once_elsewhere(flags, rows):
+    config = evaluate.Config("", "", **flags)
+    assert evaluate.rows_at_once(config, tiny_model(), [[1], [2]]) == rows
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_flags_of_evaluate_reach_the_model(dtype, tmp_path, calls, monkeypatch):
     save_tiny_model(tmp_path / "model", block_size=64)
@@ -241,7 +261,7 @@ def test_flags_of_evaluate_reach_the_model(dtype, tmp_path, calls, monkeypatch):
 
     def spy(*args, **kwargs):
         x = hidden(*args, **kwargs)
-        products.add(torch.mm(torch.ones(1, 1), torch.ones(1, 1)).dtype)
+        products.add(args[0].lm_head(x).dtype)
         return x
 
     monkeypatch.setattr(GPT, "hidden", spy)
@@ -363,7 +383,6 @@ def test_flags_of_a_chat_reach_the_model_and_each_turn_has_its_own_seed(dtype, a
         flags = {key: call[key] for key in ("temperature", "top_k", "top_p", "max_new_tokens")}
         assert flags == {"temperature": 0.01, "top_k": 7, "top_p": 0.9, "max_new_tokens": 5}
         assert call["dtype"] == dtype
-    assert not torch.is_autocast_enabled("cpu")
 
 
 def open_chat(folder, **flags) -> chat.Chat:
