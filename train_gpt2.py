@@ -408,6 +408,7 @@ def train(config: Config, open_rows: Callable, forward: Callable, judge: Callabl
         stops = ranks.stop.agree(metrics.pop("stop_requests"))  # on all ranks at the same step
         metrics["dt"] = time.perf_counter() - clock
         metrics["tokens_per_s"] = metrics["tokens"] / metrics["dt"]
+        metrics |= ranks.mfu(gpt.config, config.block_size, metrics["tokens_per_s"])
         evaluates = is_due(step, config.eval_every, n_steps)
         saves = stops or is_due(step, config.save_every, n_steps)
         # ends the run at a loss that is not finite, or before unusable weights are saved or judged

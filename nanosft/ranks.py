@@ -21,6 +21,10 @@ STARTED = time.monotonic()
 SIGNALED = 1 << 20  # more than there are ranks: their sum shows whether any rank got a signal
 CPU = torch.device("cpu")
 
+# Dense bfloat16 FLOP/s from NVIDIA's data sheets; the first name found in the card's name counts
+DATASHEET = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "GH200": 989e12, "B200": 2250e12,
+             "A100": 312e12, "L40S": 362e12, "L4": 121e12, "RTX 4090": 165e12}
+
 
 class Stop:
     """A request to stop after the current step: SIGTERM, Ctrl-C, or the end of --max_minutes."""
@@ -102,6 +106,14 @@ class Ranks:
         return {name: value.pin_memory() if isinstance(value, Tensor) else value
                 for name, value in fields.items()}
 
+    def mfu(self, sizes, T: int, tokens_per_s: float) -> dict[str, float]:
+        """Model FLOPs utilization, as PaLM counts it, in bfloat16 on a known card: also for the
+        work that SFT skips. sizes: a GPTConfig."""
+        peak = peak_flops(self.device)
+        if peak is None or self.dtype != "bfloat16":
+            return {}
+        return {"mfu": flops(sizes, 1, 1, T) * tokens_per_s / (peak * self.world_size)}
+
     def autocast(self) -> contextlib.AbstractContextManager:
         """Matrix products in bfloat16, if that is the dtype; weights and sums stay float32."""
         return torch.autocast(self.device.type, torch.bfloat16, self.dtype == "bfloat16")
@@ -149,6 +161,24 @@ def choose_dtype(name: str, device: torch.device) -> str:
     require_choice("dtype", name, get_args(Dtype))
     has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return name if name != "auto" else "bfloat16" if has_bfloat16 else "float32"
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """The data sheet's rate of this card, if it is known."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((rate for card, rate in DATASHEET.items() if card in name), None)
+
+
+def flops(sizes, tokens: int, head_tokens: int, pairs: int) -> int:
+    """FLOPs of a training step, forward and backward: 6 per weight and token, 12 per pair and C.
+
+    sizes: a GPTConfig. head_tokens go through the vocabulary projection; pairs counts the attended
+    (query, key) pairs. Source: PaLM, appendix B, where head_tokens = tokens and pairs = tokens * T.
+    A block has (3 + 1 + 4 + 4) * C * C weights; biases, norms, softmax, and optimizer are left out
+    there, too.
+    """
+    L, C, V = sizes.n_layer, sizes.n_embd, sizes.vocab_size
+    return 6 * 12 * L * C * C * tokens + 6 * V * C * head_tokens + 12 * L * C * pairs
 
 
 def total_memory(device: torch.device) -> float:

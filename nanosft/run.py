@@ -129,6 +129,7 @@ class Run:
         if is_shown or "val_loss" in row:
             line = (f"step {step:>6}/{self.n_steps}  loss {row['loss']:.4f}  lr {row['lr']:.2e}  "
                     f"norm {row['grad_norm']:.2f}  {row['tokens_per_s']:,.0f} tok/s  ")
+            line += f"mfu {row['mfu']:.1%}  " if "mfu" in row else ""
             tqdm.write((line + self.format(row)).rstrip())
             sys.stdout.flush()
 

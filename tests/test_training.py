@@ -39,6 +39,7 @@ from helpers_training import (
 
 import train_gpt2
 import train_sft
+from model import GPTConfig
 from nanosft import fast
 from nanosft.errors import UserError
 from nanosft.ranks import choose_dtype
@@ -618,6 +619,21 @@ def test_nccl_is_told_its_device_and_gloo_is_not(monkeypatch):
     for device in ("cuda", "cpu"):
         assert train_gpt2.setup_distributed(device).rank == 9
     assert groups == [("nccl", torch.device("cuda", 1)), ("gloo", None)]
+
+
+@pytest.mark.parametrize("card, dtype, share", [
+    ("NVIDIA H100 80GB HBM3", "bfloat16", 855 / 989),
+    ("NVIDIA H100 PCIe", "bfloat16", 855 / 756), ("NVIDIA H100 80GB HBM3", "float32", None), ("NVIDIA T4", "bfloat16", None)])
+def test_mfu_is_shown_for_a_known_card(card, dtype, share, tmp_path, monkeypatch):
+    """GPT-2 124M at T = 1024 needs 855 MFLOP a token: 6 * (85 M + 39 M) and 113 M for attention."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: card)
+    found = Ranks(0, 2, torch.device("cuda"), dtype).mfu(GPTConfig(), 1024, 2e6)
+    assert found == ({} if share is None else {"mfu": pytest.approx(share, rel=1e-3)})
+    monkeypatch.setattr(Ranks, "mfu", lambda *args: found)
+    data = text_folder(tmp_path / "data", train=range(100))
+    printed = pretrain(data, tmp_path / "out", max_steps=1)
+    assert ("  mfu " in printed) == (share is not None)
+    assert metrics(tmp_path / "out")[0].get("mfu") == found.get("mfu")
 
 
 def test_memory_is_pinned_for_a_gpu_only(monkeypatch):

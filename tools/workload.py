@@ -24,7 +24,7 @@ import train_gpt2
 import train_sft
 from model import GPTConfig
 from nanosft import fast
-from nanosft.ranks import Dtype
+from nanosft.ranks import Dtype, flops, peak_flops
 from nanosft.run import peak_memory_gb
 from nanosft.shards import ShardWriter, read_meta, write_meta
 
@@ -35,11 +35,6 @@ MEAN_LENGTH, STD_LENGTH, TRAINED = math.log(145), 0.36, 0.62
 ROOT, CPU = Path(__file__).parents[1], torch.device("cpu")
 EOT = 256  # of the `bytes` encoding, whose name random shards carry: it needs no vocabulary file
 WORDS = "the a of and to in is she has how many each 3 12 week sold apples dollars gives twice + ="
-
-
-# Dense bf16 FLOP/s from NVIDIA's data sheets; the first name contained in the card's name counts
-DATASHEET = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "GH200": 989e12, "B200": 2250e12,
-             "A100": 312e12, "L40S": 362e12, "L4": 121e12, "RTX 4090": 165e12}
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -107,17 +102,6 @@ def random_jsonl(path: Path, n_rows: int) -> list[str]:
 
 
 # ----- a training step ---------------------------------------------------------------------------
-
-
-def flops(model: GPTConfig, tokens: int, head_tokens: int, pairs: int) -> int:
-    """FLOPs of a training step, forward and backward: 6 per weight and token, 12 per pair and C.
-
-    head_tokens go through the vocabulary projection; pairs counts the attended (query, key) pairs.
-    Source: PaLM, appendix B, where head_tokens = tokens and pairs = tokens * T. A block has
-    (3 + 1 + 4 + 4) * C * C weights; biases, norms, softmax, and optimizer are left out there, too.
-    """
-    L, C, V = model.n_layer, model.n_embd, model.vocab_size
-    return 6 * 12 * L * C * C * tokens + 6 * V * C * head_tokens + 12 * L * C * pairs
 
 
 def seen_pairs(segments: Tensor) -> int:
@@ -233,7 +217,7 @@ def measure_machine(config, path: str) -> dict:
 
     name = torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU"
     rate = 2 * n**3 / seconds(x=a, y=a)
-    sheet = next((rate for card, rate in DATASHEET.items() if cuda and card in name), rate)
+    sheet = peak_flops(ranks.device) or rate
     return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__,
             "dtype": str(a.dtype), "flops_per_s": rate, "palm_flops_per_s": sheet,
             "bytes_per_s": m.nbytes / seconds(x=m, y=v)}
