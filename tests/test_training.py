@@ -623,7 +623,10 @@ def test_nccl_is_told_its_device_and_gloo_is_not(monkeypatch):
 
 @pytest.mark.parametrize("card, dtype, share", [
     ("NVIDIA H100 80GB HBM3", "bfloat16", 855 / 989),
-    ("NVIDIA H100 PCIe", "bfloat16", 855 / 756), ("NVIDIA H100 80GB HBM3", "float32", None), ("NVIDIA T4", "bfloat16", None)])
+    ("NVIDIA H100 PCIe", "bfloat16", 855 / 756),
+    ("NVIDIA H100 80GB HBM3", "float32", None),
+    ("NVIDIA T4", "bfloat16", None),
+])
 def test_mfu_is_shown_for_a_known_card(card, dtype, share, tmp_path, monkeypatch):
     """GPT-2 124M at T = 1024 needs 855 MFLOP a token: 6 * (85 M + 39 M) and 113 M for attention."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: card)
