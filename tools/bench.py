@@ -9,7 +9,8 @@ Random examples with GSM8K's lengths; each line in its own process. `limit` is a
   `MFU` is what others print: 6N + 12*L*C*T FLOPs for each token (PaLM, appendix B), over the data
   sheet's rate if there is one. It counts work that nanosft skips, so SFT can exceed 100%.
 - generate: the measured rate of a matrix-vector product, in bytes read for each new token (all
-  weights, which a batch shares, and its keys and values).
+  weights, which a batch shares, and its keys and values). bfloat16: the weights are, too.
+- loss: the head and the loss alone, forward and backward, beside full logits; no limit.
 - prepare (sft_data.py): the tokens/s of `encode_ordinary_batch`; start-up is included.
 - plan (packing.py): all rows, of which ceil(tokens / (T + 1)) is a lower bound for any packing.
 """
@@ -34,28 +35,32 @@ from model import GPT, GPTConfig
 from nanosft import fast
 from nanosft.cli import run_cli
 from nanosft.errors import UserError, require_choice
+from nanosft.weights import pad_vocab
 from packing import LAYOUTS, Plan
 from tokenizer import get_encoding
 from tools import workload
-from tools.workload import Size, WorkFlags
+from tools.workload import Size, WorkFlags, warmup
 
 ROWS = 10_000
 SETTINGS = {  # path: the settings of its lines in the table
+    "machine": [],  # always measured first
     "pretrain": [{}],
     "sft": [{}],
     "layouts": [{"layout": layout, "isolate": i} for layout in LAYOUTS for i in (True, False)],
     "share": [{"share": share} for share in (0.1, 0.25, 0.5, 0.75, 1.0)],
     "length": [{"T": T} for T in (256, 512, 1024, 2048)],  # same number of tokens per step
     "evaluate": [{}],
-    "generate": [{"prompts": n} for n in (1, 16)],
+    "generate": [{"prompts": n, "dtype": dtype} for dtype in ("float32", "bfloat16")
+                 for n in (1, 16, 64)],
+    "loss": [{"form": form} for form in ("nanosft", "full_logits", "full_logits_compiled")],
     "startup": [{}],
     "prepare": [{"rows": n * ROWS} for n in (1, 10, 100)],
     "plan": [{"layout": layout, "rows": n * ROWS} for layout in LAYOUTS for n in (1, 10, 100)],
 }
 HEAD = " " * 39 + "tokens/s  trained/s      limit        MFU    seconds    peak GB"
 COLUMNS = {"tokens_per_s": ",.0f", "trained_tokens_per_s": ",.0f", "limit": ".1%", "MFU": ".1%",
-           "seconds": ".3f", "peak_memory_gb": ".2f"}
-NOTES = ("loading", "torch_seconds", "kept_bytes", "peak_bytes")
+           "seconds": ".4f", "peak_memory_gb": ".2f"}
+NOTES = ("loading", "idle", "torch_seconds", "kept_bytes", "peak_bytes")
 QUICK = {"n_layer": 1, "n_head": 1, "n_embd": 16, "vocab_size": 512, "block_size": 256}
 
 
@@ -65,8 +70,6 @@ class Config(WorkFlags):  # and the model's sizes, --device, --dtype, --json
 
     only: str = ",".join(SETTINGS)
     """paths, separated by commas"""
-    vocab_size: Size = 50304
-    """V, ids that the model knows"""
     batch_size: Size = 4
     """rows of block_size tokens that go through the model at once"""
     accumulate: Size = 1
@@ -76,7 +79,7 @@ class Config(WorkFlags):  # and the model's sizes, --device, --dtype, --json
     compile: bool = False
     """torch.compile the blocks"""
     profile: bool = False
-    """also list where the time of a training step goes"""
+    """also list where the time of a step goes, and on a GPU when no kernel runs"""
     quick: bool = False
     """a tiny model, all in one process: the numbers mean nothing"""
 
@@ -91,15 +94,20 @@ def measure_training(config: Config, path: str, T: int = 0, share=workload.TRAIN
     with tempfile.TemporaryDirectory() as data:
         workload.random_shards(data, kind, n_examples, share, config.vocab_size)
         c, rows, forward = workload.open_training(config, path, data, **flags)
-        rows.meta["vocab_size"] = config.vocab_size  # of the model: the ids are random anyway
         return workload.measure_steps(config, path, c, rows, forward, config.profile)
 
 
-def measure_generation(config: Config, path: str, prompts: int) -> dict:
+def random_model(config: Config, device: torch.device, **sizes) -> GPT:
+    keys = ("n_layer", "n_head", "n_embd", "block_size")
+    sizes = {key: getattr(config, key) for key in keys} | sizes
+    return GPT(GPTConfig(vocab_size=pad_vocab(config.vocab_size), n_vocab=config.vocab_size,
+                         **sizes)).to(device)
+
+
+def measure_generation(config: Config, path: str, prompts: int, dtype: str) -> dict:
     """Greedy, from prompts of 32 ids; nothing stops early."""
     device, new = train_gpt2.setup_distributed(config.device).device, config.block_size // 2
-    keys = ("n_layer", "n_head", "n_embd", "vocab_size", "block_size")
-    model = GPT(GPTConfig(**{key: getattr(config, key) for key in keys})).to(device)
+    model = random_model(config, device).to(getattr(torch, dtype))
     fast.speed_up(model)
     ids = torch.randint(config.vocab_size, (prompts, 32)).tolist()
 
@@ -107,9 +115,33 @@ def measure_generation(config: Config, path: str, prompts: int) -> dict:
         return {"tokens": sum(map(len, model.generate(ids, new, temperature=0)))}
 
     result = workload.summary(workload.timed(step, 1, config.steps), device)
-    weights, cache = sum(p.nbytes for p in model.parameters()), 8 * config.n_layer * config.n_embd
+    weights, width = sum(p.nbytes for p in model.parameters()), model.lm_head.weight.itemsize
+    cache = 2 * width * config.n_layer * config.n_embd  # keys and values of a token
     read = weights / prompts + cache * (32 + new / 2)  # per new token, on average
     return result | {"bytes_per_s": result["tokens_per_s"] * read}
+
+
+def measure_loss(config: Config, path: str, form: str) -> dict:
+    """From the hidden states of a micro-batch, all of them with a target, to their gradient."""
+    ranks = train_gpt2.setup_distributed(config.device, dtype=config.dtype)
+    gpt, B, T = random_model(config, ranks.device, n_layer=1), config.batch_size, config.block_size
+    x = torch.randn(B, T, config.n_embd, device=ranks.device, requires_grad=True)
+    y = torch.randint(config.vocab_size, (B, T))
+    if form == "nanosft":
+        loss_of = type(fast.speed_up(gpt, config.compile)).nll_sum
+    else:
+        y, loss_of = y.to(ranks.device), workload.full_logits_loss
+    if form == "full_logits_compiled":
+        loss_of = torch.compile(loss_of)
+
+    def step() -> dict:
+        with ranks.autocast():
+            loss = loss_of(gpt, x, y)
+        d_x, _ = torch.autograd.grad(loss, [x, gpt.lm_head.weight])
+        d_x[0, 0, 0].item()  # wait for the device
+        return {"tokens": B * T}
+
+    return workload.summary(workload.timed(step, warmup(config), config.steps), ranks.device)
 
 
 def measure_startup(config: Config, path: str) -> dict:
@@ -155,7 +187,8 @@ def measure_planner(config: Config, path: str, layout: str, rows: int) -> dict:
 
 
 MEASURE = {"machine": workload.measure_machine, "generate": measure_generation,
-           "startup": measure_startup, "prepare": measure_preparation, "plan": measure_planner}
+           "loss": measure_loss, "startup": measure_startup, "prepare": measure_preparation,
+           "plan": measure_planner}
 
 
 def measure(config: Config, job: dict) -> dict:
@@ -164,19 +197,29 @@ def measure(config: Config, job: dict) -> dict:
     return function() if config.quick else workload.in_its_own_process(function)
 
 
+def setting_of(job: dict) -> str:
+    return " ".join(f"{key}={value}" for key, value in job.items() if key != "path")
+
+
 def line_of(job: dict, result: dict) -> str:
-    setting = " ".join(f"{key}={value}" for key, value in job.items() if key != "path")
     cells = [format(result[key], form) if key in result else "-" for key, form in COLUMNS.items()]
     notes = [f"  {key} {result[key]:.3g}" for key in NOTES if key in result]
-    return f"{job['path']:8} {setting:27}" + "".join([f"{c:>11}" for c in cells] + notes)
+    return f"{job['path']:8} {setting_of(job):27}" + "".join([f"{c:>11}" for c in cells] + notes)
+
+
+def jobs_of(config: Config, dtype: str) -> list[dict]:
+    """The lines of the table; bfloat16 only where it is the dtype of matrix products, because CPUs
+    may emulate it, many times slower."""
+    return [{"path": path} | setting for path in config.only.split(",")
+            for setting in SETTINGS[path]
+            if (not config.quick or setting.get("rows", 0) <= ROWS)
+            and setting.get("dtype") in (None, "float32", dtype)]
 
 
 def main(config: Config) -> None:
     for path in config.only.split(","):
         require_choice("only", path, SETTINGS)
-    jobs = [{"path": path} | setting for path in config.only.split(",")
-            for setting in SETTINGS[path] if not config.quick or setting.get("rows", 0) <= ROWS]
-    config = dataclasses.replace(config, **QUICK if config.quick else {})
+    config, failed = dataclasses.replace(config, **QUICK if config.quick else {}), []
     machine = measure(config, {"path": "machine"})
     if "error" in machine:
         raise UserError(machine["error"])
@@ -184,7 +227,7 @@ def main(config: Config) -> None:
     print(HEAD)
     with open(config.json or os.devnull, "a") as log:
         print(json.dumps({"path": "machine"} | machine), file=log)
-        for job in jobs:
+        for job in jobs_of(config, machine["dtype"]):
             result = measure(config, job)
             for rate in machine.keys() & result.keys():
                 share = "MFU" if rate.startswith("palm") else "limit"
@@ -192,6 +235,9 @@ def main(config: Config) -> None:
             line, profile = line_of(job, result), result.pop("profile", "")
             print(line, result.get("error", ""), profile, flush=True)
             print(json.dumps(job | result), file=log, flush=True)
+            failed += [f"{job['path']} {setting_of(job)}".strip()] if "error" in result else []
+    if failed:
+        raise UserError(f"failed, with the reason in the table: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What bench.py and compare_peers.py share: random data of GSM8K's size, clocks, and FLOPs."""
 
 import dataclasses
+import itertools
 import json
 import math
 import platform
@@ -8,24 +9,26 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from multiprocessing import get_all_start_methods, get_context
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from annotated_types import Ge, Le
 from torch import Tensor
+from torch.autograd import DeviceType
 from torch.utils.benchmark import Timer
 
 import train_gpt2
 import train_sft
-from model import GPTConfig
+from model import GPT, IGNORE_INDEX, GPTConfig
 from nanosft import fast
 from nanosft.ranks import Dtype, flops, peak_flops
-from nanosft.run import peak_memory_gb
+from nanosft.run import git_commit, peak_memory_gb
 from nanosft.shards import ShardWriter, read_meta, write_meta
 
 Size = Annotated[int, Ge(1), Le(10**8)]
@@ -34,6 +37,7 @@ Size = Annotated[int, Ge(1), Le(10**8)]
 MEAN_LENGTH, STD_LENGTH, TRAINED = math.log(145), 0.36, 0.62
 ROOT, CPU = Path(__file__).parents[1], torch.device("cpu")
 EOT = 256  # of the `bytes` encoding, whose name random shards carry: it needs no vocabulary file
+PROFILED = 2  # steps when profiling: one that is not recorded, and one that is
 WORDS = "the a of and to in is she has how many each 3 12 week sold apples dollars gives twice + ="
 
 
@@ -47,6 +51,8 @@ class WorkFlags:
     """attention heads per block"""
     n_embd: Size = 384
     """C, width of the residual stream"""
+    vocab_size: Size = 50257
+    """ids that the model knows; padding to a multiple of 64 makes V of them"""
     block_size: Size = 512
     """T, tokens per row"""
     device: str = "auto"
@@ -123,7 +129,10 @@ def open_training(config, path: str, data: str, **flags) -> tuple:
             "compile")
     flags = {k: getattr(config, k) for k in same} | {"rows_per_step": config.batch_size} | flags
     c = script.Config(data, "", init="scratch", **flags)
-    return c, script.open_rows(c, "train"), forward
+    rows = script.open_rows(c, "train")
+    # random ids go beyond their encoding's
+    rows.meta["vocab_size"] = max(rows.meta["vocab_size"], config.vocab_size)
+    return c, rows, forward
 
 
 def warmup(config) -> int:
@@ -132,65 +141,143 @@ def warmup(config) -> int:
 
 
 def measure_steps(config, path: str, c, rows, forward: Callable, profile: bool = False) -> dict:
-    """Optimizer steps as `train_gpt2.train` runs them, or evaluations of as many rows.
+    """Optimizer steps, or evaluations of as many rows, as `train_gpt2.train` runs them.
 
     c, rows, forward: what `open_training` returns.
     """
     ranks = train_gpt2.setup_distributed(c.device, dtype=c.dtype)
     gpt = fast.speed_up(train_gpt2.make_model(c, rows.meta).to(ranks.device), c.compile)
-    optimizer, model = train_gpt2.make_optimizer(gpt, c), train_gpt2.wrap(gpt, ranks)
-    n = warmup(config) + config.steps + profile
-    ahead, spent = fast.Prefetcher(train_gpt2.load_steps(rows, c, ranks, 0), n), []
+    make = evaluation_of if path == "evaluate" else training_of
+    step, batches = make(gpt, config, c, rows, ranks, forward)
+    done = timed(step, warmup(config), config.steps)
+    part = 1 / 3 if path == "evaluate" else 1  # the forward pass
+    result = summary(done, ranks.device) | rates(done, gpt.config, batches, part)
+    return result | (profile_of(step, ranks.device) if profile else {})
 
-    def fetch() -> None:
-        clock = time.perf_counter()
-        ahead.fetch()
-        spent.append(time.perf_counter() - clock)
+
+def training_of(gpt: GPT, config, c, rows, ranks, forward: Callable) -> tuple:
+    """(an optimizer step to call, the micro-batches of those that are timed)."""
+    optimizer, model, spent = train_gpt2.make_optimizer(gpt, c), train_gpt2.wrap(gpt, ranks), []
+    counted = ((batches, train_gpt2.count_step(batches, ranks))
+               for batches in train_gpt2.load_steps(rows, c, ranks, 0))
+    steps = clocked(counted, spent)
+    ahead = fast.Prefetcher(steps, warmup(config) + config.steps + PROFILED)
 
     def step() -> dict:
         spent.clear()
-        fetch()  # nothing to do where the step before did it
-        batches = next(ahead)
-        if path == "evaluate":
-            _, tokens, trained = train_gpt2.count_step(batches, ranks).tolist()
-            result = train_gpt2.evaluate(gpt, batches, ranks, forward)
-            result |= {"tokens": tokens, "trained_tokens": trained}
-        else:
-            result = train_gpt2.train_step(model, optimizer, batches, 1e-4, 1.0, ranks, forward,
-                                           meanwhile=fetch)
-        return result | {"loading": sum(spent)}
+        batches, counts = next(ahead)
+        return train_gpt2.train_step(model, optimizer, batches, 1e-4, 1.0, ranks, forward, counts,
+                                     meanwhile=ahead.fetch) | {"loading": sum(spent)}
 
-    done, R = timed(step, warmup(config), config.steps), c.rows_per_step
-    used = range(len(rows))[warmup(config) * R :][: config.steps * R]
-    part = 1 / 3 if path == "evaluate" else 1  # the forward pass
-    result = summary(done, ranks.device) | rates(done, gpt.config, rows, used, part)
-    if profile:
-        result["profile"] = profile_of(step, ranks.device)
-    return result
+    used = itertools.islice(train_gpt2.load_steps(rows, c, ranks, warmup(config)), config.steps)
+    return step, itertools.chain.from_iterable(used)
 
 
-def rates(done: list[dict], model: GPTConfig, rows, used: range, part: float) -> dict:
-    """Of all steps together: loading's share of the time, and FLOP/s.
+def evaluation_of(gpt: GPT, config, c, rows, ranks, forward: Callable) -> tuple:
+    """(an evaluation of a step's rows to call, the micro-batches of those that are timed)."""
+    c = dataclasses.replace(c, eval_tokens=c.rows_per_step * c.block_size)
+    batches, spent = list(train_gpt2.eval_batches(rows, c, ranks)), []
+    counts = dict(zip(("tokens", "trained_tokens"), token_counts(batches)))
 
-    used: the indices of the rows that they saw. part: of a forward and backward pass.
+    def step() -> dict:
+        spent.clear()
+        made = clocked(train_gpt2.eval_batches(rows, c, ranks), spent)
+        train_gpt2.evaluate(gpt, made, ranks, forward)
+        return counts | {"loading": sum(spent)}
+
+    return step, batches * config.steps
+
+
+def token_counts(batches: Iterable[train_gpt2.MicroBatch]) -> tuple[int, int]:
+    """Tokens without padding, and those in the loss."""
+    counts = [(batch.n_tokens, int((batch.y != IGNORE_INDEX).sum())) for batch in batches]
+    return sum(n for n, _ in counts), sum(n for _, n in counts)
+
+
+def clocked(items: Iterator, spent: list[float]) -> Iterator:
+    """The items; `spent` gets the seconds that each took."""
+    while True:
+        clock = time.perf_counter()
+        item = next(items, None)
+        spent.append(time.perf_counter() - clock)
+        if item is None:
+            return
+        yield item
+
+
+def rates(done: list[dict], model: GPTConfig, batches: Iterable, part: float) -> dict:
+    """Of all timed steps together: loading's share of the time, and FLOP/s.
+
+    batches: the micro-batches that they saw. part: of a forward and backward pass.
     """
-    tokens, trained, loading, seconds = (sum(step[key] for step in done) for key in (
-        "tokens", "trained_tokens", "loading", "seconds"))
-    one_text = torch.zeros(model.block_size, dtype=torch.long)
-    pairs = sum(seen_pairs(rows[i].get("segments", one_text)) for i in used)
+    batches = list(batches)
+    tokens, trained = token_counts(batches)
+    pairs = sum(seen_pairs(row) for batch in batches for row in (
+        torch.zeros_like(batch.x) if batch.segments is None else batch.segments))
     needed = part * flops(model, tokens, trained, pairs)
     by_palm = part * flops(model, tokens, tokens, tokens * model.block_size)
+    loading, seconds = (sum(step[key] for step in done) for key in ("loading", "seconds"))
     return {"loading": loading / seconds, "flops_per_s": needed / seconds,
             "palm_flops_per_s": by_palm / seconds}
 
 
-def profile_of(step: Callable, device: torch.device) -> str:
-    """The operations that take the most time on the device."""
-    with torch.profiler.profile() as profiled:
-        step()
+def full_logits_loss(model: GPT, x: Tensor, y: Tensor) -> Tensor:
+    """The loss sum without chunks: x (B, T, C) and y (B, T) -> all logits (B * T, V) at once."""
+    logits = model.lm_head(x).flatten(0, 1)  # (B * T, V)
+    return F.cross_entropy(logits, y.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
+
+
+# ----- a profile ---------------------------------------------------------------------------------
+
+
+def profile_of(step: Callable, device: torch.device) -> dict:
+    """One step, after one that is not recorded: a table of the operations that take the most time
+    on the device; on a GPU also `idle`, the share of the step without a kernel, and the gaps."""
+    when = torch.profiler.schedule(wait=0, warmup=PROFILED - 1, active=1, repeat=1)
+    with torch.profiler.profile(schedule=when) as profiled:
+        for _ in range(PROFILED):
+            step()
+            profiled.step()
     key = f"self_{device.type}_time_total"
     table = profiled.key_averages().table(sort_by=key, row_limit=20, max_name_column_width=60)
-    return f"\n{table}"
+    if device.type != "cuda":
+        return {"profile": f"\n{table}"}
+    events = profiled.events()
+    whole = next(e.time_range for e in events
+                 if e.name.startswith("ProfilerStep") and e.device_type == DeviceType.CPU)
+    gaps = gaps_between(kernels_of(events), whole.start, whole.end)
+    idle = sum(length for length, *_ in gaps) / whole.elapsed_us()
+    lines = [f"\nno kernel for {idle:.1%} of {whole.elapsed_us() / 1000:.1f} ms; longest gaps:"]
+    lines += [f"  {length / 1000:.2f} ms after {last[:50]}, before {then[:50]}"
+              for length, last, then in gaps[:5]]
+    return {"idle": idle, "gaps": gaps[:5], "profile": "\n".join([*lines, table])}
+
+
+def kernels_of(events: Iterable) -> list[tuple[float, float, str]]:
+    """(start, end, name) of a profile's kernels on all streams, in microseconds; copies and ranges
+    that only have a name (record_function) do not count."""
+    return [(e.time_range.start, e.time_range.end, e.name) for e in events
+            if e.device_type == DeviceType.CUDA and not e.is_user_annotation
+            and not e.name.startswith(("Memcpy", "Memset"))]
+
+
+def gaps_between(kernels: list[tuple[float, float, str]], start: float, end: float) -> list[tuple]:
+    """(length, the kernel before, the kernel after) of each time without a kernel, longest first.
+
+    >>> gaps_between([(1, 4, "a"), (2, 3, "b"), (9, 10, "c")], 0, 12)
+    [(5, 'a', 'c'), (2, 'c', 'the end'), (1, 'the start', 'a')]
+    """
+    gaps, busy_until, last = [], start, "the start"
+    inside = sorted(kernel for kernel in kernels if kernel[1] > start and kernel[0] < end)
+    for begin, stop, name in [*inside, (end, end, "the end")]:
+        if begin > busy_until:
+            gaps.append((begin - busy_until, last, name))
+        if stop >= busy_until:
+            busy_until, last = stop, name
+    return sorted(gaps, reverse=True)
+
+
+# ----- other measurements ------------------------------------------------------------------------
 
 
 def prepare(source: str, out: str) -> tuple[float, int]:
@@ -213,14 +300,25 @@ def measure_machine(config, path: str) -> dict:
 
     def seconds(**factors) -> float:
         timer = Timer("x @ y", globals=factors, num_threads=torch.get_num_threads())
-        return min(timer.blocked_autorange(min_run_time=0.1 if config.quick else 2).times)
+        return min(timer.blocked_autorange(min_run_time=0.1 if config.quick or cuda else 2).times)
 
     name = torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU"
     rate = 2 * n**3 / seconds(x=a, y=a)
     sheet = peak_flops(ranks.device) or rate
-    return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__,
-            "dtype": str(a.dtype), "flops_per_s": rate, "palm_flops_per_s": sheet,
-            "bytes_per_s": m.nbytes / seconds(x=m, y=v)}
+    return {"device": name, "threads": torch.get_num_threads(), "dtype": ranks.dtype,
+            "flops_per_s": rate, "palm_flops_per_s": sheet,
+            "bytes_per_s": m.nbytes / seconds(x=m, y=v), **versions(cuda)}
+
+
+def versions(cuda: bool) -> dict:
+    """Of this code, of PyTorch, and with a GPU of what is below it."""
+    found = {"commit": git_commit(), "torch": torch.__version__}
+    if cuda:
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        driver = subprocess.run(query, capture_output=True, text=True).stdout.split()
+        found |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(),
+                  "driver": driver[0] if driver else None}
+    return found
 
 
 # ----- clocks and processes ----------------------------------------------------------------------
@@ -246,9 +344,14 @@ def summary(steps: list[dict], device: torch.device = CPU) -> dict:
 
 def in_its_own_process(function: Callable, *args) -> dict:
     """function(*args) in a new process, so that peaks of memory do not mix; {"error": …} if it
-    fails there."""
+    fails there. Where possible, a fork of a process that has imported this file and done no more:
+    each one would spend seconds on the imports."""
+    context = get_context("spawn")
+    if "forkserver" in get_all_start_methods():  # not on Windows
+        context = get_context("forkserver")
+        context.set_forkserver_preload([__name__])
     try:
-        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        with ProcessPoolExecutor(1, context) as pool:
             return pool.submit(function, *args).result()
     except Exception as error:  # also out of memory, or killed
         return {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
