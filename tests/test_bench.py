@@ -1,14 +1,20 @@
-"""tools/bench.py and compare_peers.py: FLOPs worked by hand, each path measured once, tiny."""
+"""tools/bench.py and compare_peers.py: FLOPs worked by hand, each path measured once, tiny; and
+runs/gpu_bench.sh, with stand-ins for its commands."""
 
 import importlib.util
 import json
 import math
 import os
+import re
+import shlex
+import subprocess
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import tyro
 from torch.autograd import DeviceType
 
 import train_gpt2
@@ -305,3 +311,47 @@ def test_profile_on_a_cpu_has_the_table_and_no_gaps():
     found = workload.profile_of(lambda: torch.ones(9, 9) @ torch.ones(9, 9), torch.device("cpu"))
     assert found.keys() == {"profile"} and "aten::mm" in found["profile"]
 
+
+# ----- runs/gpu_bench.sh -------------------------------------------------------------------------
+
+GPU_BENCH = Path(__file__).parents[1] / "runs/gpu_bench.sh"
+
+
+def run_gpu_bench(folder: Path, timeout: str) -> tuple[int, str, list[str]]:
+    """(exit code, output, [limit and command of each step]); timeout: a script in its place."""
+    (folder / "timeout").write_text(f"#!/bin/sh\nshift 2; echo \"$@\" >> {folder}/log\n{timeout}")
+    (folder / "timeout").chmod(0o755)
+    env = os.environ | {"PATH": f"{folder}:{os.environ['PATH']}", "JSON": f"{folder}/json/bench"}
+    done = subprocess.run(["bash", GPU_BENCH], env=env, capture_output=True, text=True)
+    return done.returncode, done.stdout, (folder / "log").read_text().splitlines()
+
+
+def test_all_steps_of_the_gpu_bench_end_within_six_minutes(tmp_path):
+    code, output, steps = run_gpu_bench(tmp_path, "exit 0")
+    assert (code, output.splitlines()[-1]) == (0, "not complete: nothing")
+    # no step takes any time here, so each has the limits of all steps before it, too
+    limits = [int(step.split()[0]) for step in steps]
+    assert limits == sorted(limits) and 300 < limits[-1] <= 360
+    modules = [re.search(r"python -m (\S+)", step)[1] for step in steps]
+    assert modules == ["tools.bench", "tests.check_gpu", *["tools.bench"] * 2,
+                       *["tools.compare_peers"] * 2, "tests.check_nccl", "tools.compare_peers"]
+
+
+def test_step_of_the_gpu_bench_that_fails_or_hangs_is_named_and_stops_no_other(tmp_path):
+    case = 'case "$*" in *check_nccl*) exit 124;; *float32*) exit 2;; esac'
+    code, output, steps = run_gpu_bench(tmp_path, case)
+    assert code == 1 and len(steps) == 8
+    assert output.splitlines()[-2:] == ["not complete: generation in float32: exit code 2",
+                                        "not complete: NCCL: out of time"]
+
+
+@pytest.mark.parametrize("module", [bench, compare_peers])
+def test_gpu_bench_passes_flags_that_exist(module, tmp_path):
+    name = module.__name__
+    _, _, steps = run_gpu_bench(tmp_path, "exit 0")
+    commands = [shlex.split(step.partition(name)[2]) for step in steps if f" {name} " in step]
+    assert commands
+    for flags in commands:
+        config = tyro.cli(module.Config, args=flags, use_underscores=True)
+        for path in config.only.split(","):
+            assert path in (bench.SETTINGS if module is bench else compare_peers.ONLY)
