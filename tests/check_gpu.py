@@ -83,12 +83,14 @@ def losses(kind: str, data: str, out: Path, config: Config, n_ranks: int = 1, **
         "warmup_steps": 5, "max_steps": config.steps, "save_every": config.steps // 2,
         "eval_tokens": 4 * config.block_size, "device": config.device} | flags
     flags |= {"eval_prompts": 0} if kind == "SFT" else {}
+    flags["no_compile"] = not flags.get("compile")  # on CUDA the default is to compile
     script = SCRIPTS[kind]
     if n_ranks == 1:
         script.main(script.Config(data, str(out), **flags))
     else:
         args = ["--standalone", f"--nproc_per_node={n_ranks}", script.__file__, f"--data={data}",
-                f"--out={out}", *(f"--{key}={value}" for key, value in flags.items())]
+                f"--out={out}", *(f"--{key}" if value is True else f"--{key}={value}"
+                                  for key, value in flags.items() if value is not False)]
         subprocess.run([sys.executable, "-m", "torch.distributed.run", *args], check=True)
     return [json.loads(line)["loss"] for line in (out / "metrics.jsonl").open()]
 
