@@ -8,4 +8,4 @@ N=${N:-8} BATCH=${BATCH:-32}
 [ -f data/fineweb/meta.json ] || python fineweb.py --out data/fineweb
 # 512 rows of 1024 tokens = 0.5 M tokens per step, GPT-3's batch for this size
 torchrun --standalone --nproc_per_node="$N" train_gpt2.py \
-  --data data/fineweb --out out/gpt2_124m --batch_size "$BATCH" --compile --keep 2 "$@"
+  --data data/fineweb --out out/gpt2_124m --batch_size "$BATCH" --keep 2 "$@"
