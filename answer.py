@@ -54,13 +54,13 @@ def load_assistant(name: str, device: str | torch.device = "cpu") -> Assistant:
     if encoding_name not in ENCODINGS or template not in (None, *TEMPLATES):
         raise UserError(f"{name}/config.json: unknown encoding {encoding_name!r} or template "
                         f"{template!r}")
-    encoding, model = get_encoding(encoding_name), GPT.from_pretrained(name).to(device).eval()
+    encoding = get_encoding(encoding_name)
+    model = GPT.from_pretrained(name, encoding).to(device).eval()
     if pad_vocab(encoding.n_vocab) != model.config.vocab_size:
         raise UserError(f"{name}: the model has {model.config.vocab_size} ids, but its encoding "
                         f"{encoding_name} has {pad_vocab(encoding.n_vocab)} with padding; fix "
                         "`encoding` in its config.json")
-    # decode() fails on ids beyond these
-    model.config.n_vocab = min(model.config.n_vocab, encoding.n_vocab)
+    model.config.n_vocab = min(model.config.n_vocab, encoding.n_vocab)  # all that decode() takes
     return Assistant(fast.speed_up(model), encoding, template)
 
 

@@ -249,15 +249,16 @@ class GPT(nn.Module):
     # ----- weights in and out, in Hugging Face's format ------------------------------------------
 
     @classmethod
-    def from_pretrained(cls, name: str) -> "GPT":
+    def from_pretrained(cls, name: str, encoding=None) -> "GPT":
         """name: a GPT-2 name, hub id, Hugging Face folder, or nanosft checkpoint or run folder.
 
         The vocabulary is padded to a multiple of 64; new rows start at the mean embedding.
+        UserError: not a GPT-2, or one with another tokenizer than the tiktoken encoding, if given.
         """
-        folder, sizes = weight_files.open_model(name)
+        folder, sizes = weight_files.open_model(name, encoding)
         with torch.device("meta"):  # shapes only; the weights come from the file
             model = cls(GPTConfig(**sizes))
-        state = weight_files.read_tensors(folder, model.state_dict())
+        state = weight_files.read_tensors(folder, model.state_dict(), sizes["n_vocab"])
         model.load_state_dict(state, assign=True)
         model.lm_head.weight = model.transformer.wte.weight
         return model

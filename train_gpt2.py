@@ -308,7 +308,7 @@ def make_model(config: Config, meta: dict) -> GPT:
         sizes = GPTConfig(config.block_size, pad_vocab(n_vocab), n_vocab=n_vocab, **sizes)
         checks.check_model_size(sizes)
         return GPT(sizes)
-    gpt = GPT.from_pretrained(config.init)
+    gpt = GPT.from_pretrained(config.init, get_encoding(meta["encoding"]))
     # the data may use ids that the model did not: GPT-2's 50257 grow to 50261 with chats
     gpt.config.n_vocab = max(gpt.config.n_vocab, n_vocab)
     return gpt

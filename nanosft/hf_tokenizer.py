@@ -1,4 +1,5 @@
-"""The files beside a model's weights that let transformers, TRL, vLLM, llama.cpp, and MLX open it.
+"""The files beside a model's weights that let transformers, TRL, vLLM, llama.cpp, and MLX open it,
+and whether those beside another program's model agree with an encoding.
 
 - tokenizer.json: a tiktoken encoding as a byte-level BPE, with the specials as added tokens
 - tokenizer_config.json: end and padding tokens, and the chat template
@@ -15,13 +16,19 @@ import functools
 import itertools
 import json
 import math
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple, NoReturn
 
 import tiktoken
 
-from nanosft.errors import write_json
+from nanosft.errors import UserError, write_json
+
+# ----- out ---------------------------------------------------------------------------------------
 
 
+@functools.cache
 def byte_symbols() -> dict[int, str]:
     """byte -> the printable character that stands for it in tokenizer.json: b" " -> "Ġ".
 
@@ -30,6 +37,11 @@ def byte_symbols() -> dict[int, str]:
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     return {byte: chr(byte) for byte in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
+
+
+def spell(token: bytes) -> str:
+    """A token as tokenizer.json and vocab.json write it: b" the" -> "Ġthe"."""
+    return token.decode("latin-1").translate(byte_symbols())
 
 
 def recover_merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
@@ -55,11 +67,7 @@ def recover_merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
 @functools.cache  # GPT-2's 50,000 merges take a second to recover
 def tokenizer_json(encoding: tiktoken.Encoding, n_vocab: int) -> str:
     """The encoding in the format of the `tokenizers` library, without specials from n_vocab on."""
-    symbols, ranks = byte_symbols(), encoding._mergeable_ranks
-
-    def spell(token: bytes) -> str:
-        return "".join(symbols[byte] for byte in token)
-
+    ranks = encoding._mergeable_ranks
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     specials = sorted((i, text) for text, i in encoding._special_tokens.items() if i < n_vocab)
     # use_regex: split with GPT-2's pattern, where bytes merge at all
@@ -167,3 +175,131 @@ def write_files(folder: Path, sizes, encoding: tiktoken.Encoding, stops: list[in
         (folder / "chat_template_generation.jinja").write_text(marked, encoding="utf-8")
     write_json(folder / "tokenizer_config.json", tokenizer)
     write_json(folder / "generation_config.json", ids | {"eos_token_id": stops})
+
+
+# ----- in ----------------------------------------------------------------------------------------
+
+# The files that say what a model's ids mean; from the hub they are downloaded with its weights
+VOCABULARIES = ("tokenizer.json", "vocab.json", "encoder.json")  # each token with its id
+MERGES = ("merges.txt", "vocab.bpe")
+SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "config.json")
+OTHER_KINDS = ("vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model")
+TOKENIZER_FILES = (*VOCABULARIES, *MERGES, "added_tokens.json", *SETTINGS, *OTHER_KINDS)
+# A tokenizer_class that does not decide; without a vocabulary's file, any other one does
+CLASSES = re.compile("GPT2|PreTrained|TokenizersBackend")
+# No text contains an added token that has one of these roles or, if no file says so, such a name
+ROLES = ("bos", "eos", "unk", "pad", "sep", "cls", "mask")
+ROLE_NAME = re.compile(rf"\W+({'|'.join(ROLES)}|padding|startoftext|s)\W+", re.IGNORECASE)
+# Source: huggingface/tokenizers, pre_tokenizers/byte_level.rs; tiktoken puts it in other words
+GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+
+class TokenizerFile(NamedTuple):
+    ids: dict[str, int] = {}  # of tokens, written as `spell` does
+    merges: list[str] | None = None  # the token that each makes
+    roles: frozenset = frozenset()  # the tokens that have one of ROLES
+    other: str = ""  # what makes it another kind of tokenizer than GPT-2's
+    tokenizer_class: str = ""  # unless it matches CLASSES
+
+
+def check_tokenizer(folder: Path, settings: dict, encoding: tiktoken.Encoding,
+                    n_vocab: int) -> dict[str, int]:
+    """UserError if a file beside a model gives ids another meaning than the encoding does.
+
+    Returns {token: id} of added tokens that no text contains, such as [PAD]: the encoding's chat
+    tokens may take these ids. settings: of config.json; n_vocab: how many ids the model has.
+    """
+    if (named := settings.get("encoding", encoding.name)) != encoding.name:
+        raise UserError(f"{folder}/config.json: the model's encoding is {named}, not "
+                        f"{encoding.name}; make the data with --encoding {named}")
+    paths = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    files = {path: read_tokenizer_file(path, encoding) for path in paths}
+    has_vocabulary = any(path.name in VOCABULARIES + MERGES for path in paths)
+    known = {spell(token): i for token, i in encoding._mergeable_ranks.items()}
+    known |= encoding._special_tokens
+    is_ours = "encoding" in settings or any(
+        known.get(token, 0) > encoding.eot_token for file in files.values() for token in file.ids)
+    first_free = encoding.n_vocab if is_ours else encoding.eot_token + 1
+    roles = {token for file in files.values() for token in file.roles}
+    free = {token: i for file in files.values() for token, i in file.ids.items()
+            if first_free <= i < n_vocab and (token in roles or ROLE_NAME.fullmatch(token))}
+    for path, file in files.items():
+        if file.tokenizer_class and not has_vocabulary:
+            refuse(path, f"tokenizer_class is {file.tokenizer_class}", encoding, what="key")
+        for why in differences(path.name, file, known | free, encoding.eot_token, n_vocab):
+            refuse(path, why, encoding)
+    return free
+
+
+def differences(name: str, file: TokenizerFile, known: dict[str, int], n_base: int,
+                n_vocab: int) -> Iterator[str]:
+    """What a file says otherwise. known: {token: id}, ids below n_base are those of text."""
+    if file.other:
+        yield file.other
+    names = {i: token for token, i in known.items()}
+    for token, i in file.ids.items():
+        if known.get(token) != i and i < n_vocab:
+            yield f"id {i} is {token!r}, not {names[i]!r}" if i in names else f"it adds {token!r}"
+    base = [names[i] for i in range(n_base)]
+    if name in VOCABULARIES and (missing := [token for token in base if token not in file.ids]):
+        yield f"it has no {missing[0]!r}"
+    if file.merges not in (None, [token for token in base if len(token) > 1]):
+        yield "it merges other pairs, or in another order"
+
+
+def refuse(path: Path, why: str, encoding: tiktoken.Encoding, what: str = "file") -> NoReturn:
+    raise UserError(f"{path}: not the tokenizer of the encoding {encoding.name} ({why}); use a "
+                    f"model that has it or, if this {what} is wrong, a copy without it")
+
+
+def read_tokenizer_file(path: Path, encoding: tiktoken.Encoding) -> TokenizerFile:
+    if path.name in OTHER_KINDS:
+        return TokenizerFile(other="it is of another kind")
+    try:
+        if path.name in MERGES:
+            lines = path.read_text("utf-8").splitlines()
+            merges = ["".join(line.split()) for line in lines if not line.startswith("#version")]
+            return TokenizerFile(merges=[*filter(None, merges)])
+        file = parse(path.name, dict(json.loads(path.read_bytes())), encoding)
+        if not all(type(i) is int for i in file.ids.values()):
+            raise ValueError("an id is not an integer")
+        return file
+    except (LookupError, TypeError, AttributeError, ValueError, RecursionError) as error:
+        refuse(path, f"it cannot be read: {error}", encoding)
+
+
+def parse(name: str, found: dict, encoding: tiktoken.Encoding) -> TokenizerFile:
+    """found: the content of a JSON file."""
+    if name == "tokenizer.json":
+        model = found["model"]
+        if model.get("type", "BPE") != "BPE":
+            return TokenizerFile(other=f"it is a {model['type']} tokenizer")
+        added = [(token["content"], token["id"]) for token in found.get("added_tokens") or ()]
+        merges = ["".join(pair).replace(" ", "") for pair in model["merges"]]
+        steps = {"pretokenizers": [found.get("normalizer"), found.get("pre_tokenizer")]}
+        other = other_step(steps, encoding)
+        return TokenizerFile(model["vocab"] | spelled(added), merges,
+                             other=other and f"text goes through {other}")
+    if name in SETTINGS:
+        roles = [found.get(f"{role}_token") for role in ROLES]
+        roles = [role["content"] if isinstance(role, dict) else role for role in roles]
+        added = found.get("added_tokens_decoder") or {}
+        added = [(token["content"], int(i)) for i, token in added.items()]
+        name = str(found.get("tokenizer_class") or "")
+        return TokenizerFile(spelled(added), roles=frozenset(spell(r.encode()) for r in roles if r),
+                             tokenizer_class="" if CLASSES.match(name) else name)
+    return TokenizerFile(spelled(found.items()) if name == "added_tokens.json" else found)
+
+
+def spelled(added: Iterable[tuple[str, int]]) -> dict[str, int]:
+    return {spell(token.encode()): i for token, i in added}
+
+
+def other_step(step: dict | None, encoding: tiktoken.Encoding) -> str:
+    """The type of the first step of a tokenizer.json that is not one of the encoding's."""
+    parts = (step or {}).get("pretokenizers", (step or {}).get("normalizers"))
+    if parts is not None:
+        return next(filter(None, (other_step(part, encoding) for part in parts)), "")
+    same = ({"Regex": GPT2_SPLIT}, {"Regex": encoding._pat_str})
+    is_same = not step or step["type"] == "ByteLevel" or step.get("pattern") in same
+    return "" if is_same else step["type"]

@@ -12,11 +12,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from nanosft.errors import UserError, write_json
+from nanosft.errors import UserError, one_line, write_json
+from nanosft.fast import say
+from nanosft.hf_tokenizer import TOKENIZER_FILES, check_tokenizer
 from nanosft.ranks import require_memory
 from nanosft.shards import SUMS, verify
 
 HUB_GPT2 = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # hub ids without an owner
+HUB_FILES = ["model*.safetensors", *TOKENIZER_FILES]  # config.json is among the latter
 PREFIX = "transformer."
 # Hugging Face stores GPT-2's linear weights as (in, out), PyTorch's Linear as (out, in)
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
@@ -56,7 +59,7 @@ def find_model(name: str | Path) -> Path:
 
     hub_id = f"openai-community/{name}" if name in HUB_GPT2 else name
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=["config.json", "model*.safetensors"]))
+        return Path(snapshot_download(hub_id, allow_patterns=HUB_FILES))
     except Exception as error:  # the hub raises many types; each means that there is no model
         reason = str(error).strip().partition("\n")[0]
         raise UserError(f"{name}: neither a local folder nor a model on the hub ({reason})"
@@ -82,9 +85,9 @@ def read_config(folder: Path) -> dict:
         raise UserError(f"{path}: not a JSON object ({error})") from error
 
 
-def open_model(name: str | Path) -> tuple[Path, dict[str, int]]:
+def open_model(name: str | Path, encoding=None) -> tuple[Path, dict[str, int]]:
     """(folder, keyword arguments of model.GPTConfig). UserError: a model that GPT does not support,
-    or that does not fit in memory."""
+    that has another tokenizer than the encoding, or that does not fit in memory."""
     folder = find_model(name)
     settings, path = read_config(folder), folder / "config.json"
     sizes = {ours: settings.get(theirs) for ours, theirs in SIZES.items()}
@@ -100,6 +103,12 @@ def open_model(name: str | Path) -> tuple[Path, dict[str, int]]:
             raise UserError(f"{path}: {key} is {value!r}, not a size; is this a GPT-2?")
     if sizes["n_vocab"] > sizes["vocab_size"]:
         raise UserError(f"{path}: n_vocab {sizes['n_vocab']} is above its vocab_size")
+    if encoding is not None:
+        free = check_tokenizer(folder, settings, encoding, sizes["n_vocab"])
+        if free:
+            sizes["n_vocab"] = min(free.values())
+            say(one_line(f"{folder}: no text contains {', '.join(free)}; embeddings from id "
+                         f"{sizes['n_vocab']} on start at the mean"))
     sizes["vocab_size"] = pad_vocab(sizes["vocab_size"])
     check_model_size(SimpleNamespace(**sizes))
     return folder, sizes
@@ -113,10 +122,10 @@ def check_model_size(sizes) -> float:
     return n_params
 
 
-def read_tensors(folder: Path, like: dict[str, Tensor]) -> dict[str, Tensor]:
+def read_tensors(folder: Path, like: dict[str, Tensor], n_vocab: int) -> dict[str, Tensor]:
     """The weights with the names and shapes of `like`, in float32.
 
-    Embedding rows missing from the file start at the mean of the rows it has.
+    Embedding rows from n_vocab on start at the mean of those before.
     """
     found = {}
     # a checkpoint of ours has one such file; others that a user puts beside it are not listed
@@ -139,7 +148,8 @@ def read_tensors(folder: Path, like: dict[str, Tensor]) -> dict[str, Tensor]:
         tensor = found[key].T.contiguous() if name.endswith(TRANSPOSED) else found[key]
         if not tensor.isfinite().all():
             raise UserError(f"{folder}: {key} holds a number that is not finite")
-        if key == "wte.weight" and tensor.shape[1:] == want.shape[1:] and len(tensor) < len(want):
+        if key == "wte.weight" and tensor.shape[1:] == want.shape[1:] and len(tensor) <= len(want):
+            tensor = tensor[:n_vocab]
             mean = tensor.mean(0, keepdim=True)
             tensor = torch.cat([tensor, mean.expand(len(want) - len(tensor), -1)])
         if tensor.shape != want.shape:

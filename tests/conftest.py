@@ -1,5 +1,6 @@
 """Shared fixtures: tiny data, the commands run in this process, a vocabulary without a download."""
 
+import itertools
 import json
 import os
 from pathlib import Path
@@ -27,12 +28,13 @@ GPT2_PATTERN = (
 
 
 def small_gpt2() -> tiktoken.Encoding:
-    """GPT-2's pattern and number of ids, but only six merges: no file, no network.
+    """GPT-2's pattern and number of ids, but only six merges in use: no file, no network.
 
-    The ids between the merges and <|endoftext|> are byte strings that no text contains.
+    The merges before <|endoftext|> make byte strings that no text contains.
     """
     tokens = [bytes([i]) for i in range(256)] + [b"th", b"the", b" the", b"in", b" a", b"\n\n"]
-    tokens += [b"\xff" + i.to_bytes(4, "big") for i in range(50256 - len(tokens))]
+    more = [bytes(pair) for n in (1, 2) for pair in itertools.product(range(256), repeat=n)]
+    tokens += [b"\xff" + end for end in more[: 50256 - len(tokens)]]
     ranks = {token: rank for rank, token in enumerate(tokens)}
     return tiktoken.Encoding("gpt2", pat_str=GPT2_PATTERN, mergeable_ranks=ranks,
                              special_tokens={"<|endoftext|>": 50256})
