@@ -105,7 +105,8 @@ def swap_values(content: bytes, rng: random.Random) -> bytes:
     return json.dumps(found).encode()
 
 
-READ = ("meta.json", "config.json", "model.safetensors", "training_state.pt", "SHA256SUMS")
+READ = ("meta.json", "config.json", "model.safetensors", "training_state.pt", "SHA256SUMS",
+        "tokenizer.json", "tokenizer_config.json")
 
 
 def one_round(folders: list[Path], before: dict, rng: random.Random) -> tuple[str, str, str]:
