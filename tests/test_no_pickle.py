@@ -166,10 +166,14 @@ def test_weights_in_a_foreign_folder(bomb, safe):
     folder = save_tiny_model("model")
     ask = [chat, "--model", folder, "--prompt", "Q", "--max_new_tokens", 1]
     for name in ("pytorch_model.bin", "training_args.bin", "optimizer.pt", "scheduler.pt",
-                 "rng_state.pth", "tokenizer.json", "tokenizer.pkl", "tokenizer_config.json",
-                 "generation_config.json", "vocab.json", "merges.txt", "special_tokens_map.json"):
+                 "rng_state.pth", "tokenizer.pkl", "generation_config.json"):
         (folder / name).write_bytes(bomb)
     safe(0, *ask)  # nothing of this is read
+    for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt",
+                 "added_tokens.json", "special_tokens_map.json"):
+        (folder / name).write_bytes(bomb)  # read as JSON or as text
+        assert safe(2, *ask).startswith(f"error: {folder}/{name}: not the tokenizer of ")
+        (folder / name).unlink()
     (folder / "more.safetensors").write_bytes(bomb)
     assert f"{folder}/more.safetensors: not a complete safetensors file" in safe(2, *ask)
     (folder / "more.safetensors").unlink()
