@@ -22,8 +22,9 @@ from tqdm import tqdm
 
 from nanosft.cli import run_cli
 from nanosft.errors import UserError
+from nanosft.files import TEXT_FORMATS, checked, format_of, read_txt
 from nanosft.shards import ShardWriter, new_folder, write_meta
-from nanosft.sources import chunked, ordered_map, read_rows, read_txt, require_file
+from nanosft.sources import Source, chunked, find_sources, ordered_map, read_source
 from tokenizer import EncodingName, get_encoding
 
 CHUNK_CHARS = 200_000  # characters that a worker encodes at a time; 0.1 to 1 M are equally fast
@@ -36,7 +37,7 @@ class Config:
     out: str
     """folder for the shards; must be new or empty"""
     source: tuple[str, ...] = ("HuggingFaceFW/fineweb-edu",)
-    """.txt, .jsonl, .json, or .parquet files (rows need a `text`), or hub ID[:CONFIG[:SPLIT]]"""
+    """.txt files, .jsonl, .parquet, … of rows with a `text`, folders, or hub ID[:CONFIG[:SPLIT]]"""
     subset: str | None = None
     """the hub dataset's configuration (default for FineWeb-Edu: sample-10BT)"""
     encoding: EncodingName = "gpt2"
@@ -53,16 +54,23 @@ class Config:
 
 def read_texts(config: Config) -> Iterator[tuple[str, bool]]:
     """(text, whether it ends a document); a .txt file is one document, read in pieces."""
-    for source in config.source:
-        if source.endswith(".txt"):
-            yield from read_txt(require_file(Path(source)), CHUNK_CHARS)
-            continue
-        default = "sample-10BT" if source.endswith("/fineweb-edu") else None
-        for place, row in read_rows(source, config.subset or default):
-            if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-                there = list(row) if isinstance(row, dict) else type(row).__name__
-                raise UserError(f"{place}: no `text` string (found: {there})")
-            yield row["text"], True
+    for source in find_sources(config.source, config.subset, TEXT_FORMATS):
+        if source.repeats > 1 and config.val_tokens:
+            raise UserError(f"--source {source.given} is read {source.repeats} times, so the text "
+                            "of the validation split would be trained on; use --val_tokens 0")
+        if source.name.endswith("/fineweb-edu"):
+            source = source._replace(config=source.config or "sample-10BT")
+        for _ in range(source.repeats):
+            yield from (read_txt(Path(source.name), CHUNK_CHARS)
+                        if format_of(source.name) == ".txt" else read_column(source))
+
+
+def read_column(source: Source) -> Iterator[tuple[str, bool]]:
+    for place, row in checked(read_source(source)):
+        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+            there = list(row) if isinstance(row, dict) else type(row).__name__
+            raise UserError(f"{place}: no `text` string (found: {there})")
+        yield row["text"], True
 
 
 def encode_texts(chunk: list[tuple[str, bool]], encoding_name: str) -> np.ndarray:

@@ -2,12 +2,12 @@
 
 import collections
 import concurrent.futures
+import glob
 import itertools
 import json
 import logging
 import multiprocessing
 import os
-import re
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -15,22 +15,13 @@ from typing import NamedTuple
 
 import numpy as np
 
+from nanosft import files
 from nanosft.cli import end_with
 from nanosft.errors import UserError
+from nanosft.files import ROW_FORMATS, Place
 from nanosft.forms import Counts, Reading, require_shallow, show, split_pair
 
-# ----- reading rows ------------------------------------------------------------------------------
-
-
-class Place(NamedTuple):
-    """Where a row stands; as text for example `a.jsonl line 7`."""
-
-    source: str
-    unit: str
-    number: int
-
-    def __str__(self) -> str:
-        return f"{self.source} {self.unit} {self.number}"
+# ----- sources of rows ---------------------------------------------------------------------------
 
 
 class Source(NamedTuple):
@@ -38,56 +29,126 @@ class Source(NamedTuple):
     config: str | None
     split: str
     repeats: int
+    given: str  # as the user wrote it: a folder or a pattern becomes several sources
+
+    @property
+    def identity(self) -> tuple:
+        """Equal for two names of the same rows."""
+        path = Path(self.name)
+        return (path.resolve(),) if path.exists() else self[:3]
 
 
 def parse_source(source: str, subset: str | None = None) -> Source:
     """PATH or ID[:CONFIG[:SPLIT]], and *N to read it N times; a path that exists wins.
 
-    >>> parse_source("openai/gsm8k:main:test*2")
-    Source(name='openai/gsm8k', config='main', split='test', repeats=2)
+    >>> parse_source("openai/gsm8k:main:test*2")[:4]
+    ('openai/gsm8k', 'main', 'test', 2)
     """
     whole, repeats = source, "1"
-    if "*" in source and not Path(source).exists():
-        whole, _, repeats = source.rpartition("*")
-    if not repeats.isdecimal() or int(repeats) < 1:
+    base, star, n = source.rpartition("*")
+    if star and n.isdecimal() and not Path(source).exists() and (
+            glob.glob(base) or not glob.glob(source)):  # else a pattern, as part*2
+        whole, repeats = base, n
+    if int(repeats) < 1:
         raise UserError(f"{source}: *{repeats} must be *1 or more; leave the source out to read "
                         "none of it")
-    if Path(whole).exists():
-        return Source(whole, subset, "train", int(repeats))
+    if Path(whole).exists() or is_pattern(whole):
+        return Source(whole, subset, "train", int(repeats), whole)
     name, _, rest = whole.partition(":")
     config, _, split = rest.partition(":")
     if ":" in split or (rest and Path(name).is_file()):
         raise UserError(f"{source}: expected ID[:CONFIG[:SPLIT]]; a file has neither")
-    return Source(name, config or subset, split or "train", int(repeats))
+    return Source(name, config or subset, split or "train", int(repeats), whole)
 
 
-def check_overlap(sources: Iterable[str], val_sources: Iterable[str], subset: str | None) -> None:
+def is_pattern(name: str) -> bool:
+    return glob.has_magic(name) and not Path(name).exists()
+
+
+def find_sources(sources: Iterable[str], subset: str | None = None,
+                 formats: Iterable[str] = ROW_FORMATS) -> list[Source]:
+    """Files and hub datasets, each once: a folder or a pattern becomes its files, and what is named
+    twice is one source that is read twice. UserError if one of them does not exist."""
+    found = {}
+    for source in sources:
+        parsed = parse_source(source, subset)
+        for name in names_in(parsed, formats):
+            part = parsed._replace(name=name)
+            first = found.setdefault(part.identity, part._replace(repeats=0))
+            found[part.identity] = first._replace(repeats=first.repeats + part.repeats)
+    return [*found.values()]
+
+
+def names_in(source: Source, formats: Iterable[str]) -> list[str]:
+    """The paths of a file, a folder, or a pattern, in order; or the hub id."""
+    name, path = source.name, Path(source.name)
+    if path.is_dir():
+        return [*map(str, files.folder_files(path, source.config, source.split, formats))]
+    if is_pattern(name):
+        paths = [path for path in sorted(glob.glob(name, recursive=True)) if Path(path).is_file()]
+        if not paths:
+            raise UserError(f"{name}: no file matches this pattern; correct it, or write SOURCE*2 "
+                            "to read a source twice")
+        return paths
+    if path.exists() or files.format_of(path) in formats or name.startswith((".", "/", "~")):
+        files.require_file(path)
+        if files.format_of(path) not in formats:
+            raise UserError(f"{path}: expected a file of {files.names_of(formats)}")
+    elif "/" not in name:  # load_dataset("json") would read the current folder
+        raise UserError(f"{name}: no such file; a dataset on the hub has an owner, as openai/gsm8k")
+    return [name]
+
+
+def check_overlap(sources: Iterable[Source], val_sources: Iterable[Source]) -> None:
     """UserError if --val_source reads what --source reads."""
-
-    def identity(source: str) -> tuple:
-        name, *rest, _ = parse_source(source, subset)
-        return (str(Path(name).resolve()) if Path(name).exists() else name, *rest)
-
-    trained = {identity(source): source for source in sources}
+    trained = {source.identity: source for source in sources}
     for source in val_sources:
-        if (same := trained.get(identity(source))) is not None:
-            raise UserError(f"--val_source {source} is --source {same}: the model would be judged "
-                            "on rows it was trained on; name other rows, or use --val_fraction")
+        if (same := trained.get(source.identity)) is not None:
+            raise UserError(f"--val_source {source.given} is --source {same.given}: the model "
+                            "would be judged on rows it was trained on; name other rows, or use "
+                            "--val_fraction")
+
+
+# ----- reading rows ------------------------------------------------------------------------------
+
+
+def read_rows(source: str, subset: str | None = None) -> Iterator[tuple[Place, dict]]:
+    """(place, row) of a file, a folder or a pattern of files, or a hub dataset."""
+    for found in find_sources([source], subset):
+        for _ in range(found.repeats):
+            yield from files.checked(read_source(found))
+
+
+def read_source(source: Source) -> Iterator[tuple[Place, dict | UserError]]:
+    """(place, row) once; in place of a row that cannot be decoded, its UserError."""
+    return (files.decode_file(Path(source.name)) if Path(source.name).exists()
+            else read_hub(source))
 
 
 def read_sources(sources: Iterable[str], reading: Reading, counts: Counts,
                  ) -> Iterator[tuple[Place, dict]]:
     """(place, row) of each source in turn, if --where keeps the row; others are counted."""
+    found = [source for source in find_sources(sources, reading.subset)
+             for _ in range(source.repeats)]
+    return files.checked((place, row) for _, place, row in select_rows(found, reading, counts))
+
+
+def select_rows(sources: Iterable[Source], reading: Reading, counts: Counts,
+                ) -> Iterator[tuple[Source, Place, dict | UserError]]:
+    """(source, place, row) of each source in turn, as `read_source` gives it, under --where."""
     wanted, _ = [split_pair("--where", item) for item in reading.where], reading.mapping  # checked
     n_kept, first = 0, None
     for source in sources:
-        for place, row in read_rows(source, reading.subset):
-            require_shallow(str(place), row)
+        for place, row in read_source(source):
+            try:
+                require_shallow("a value", row)
+            except UserError as error:
+                row = error
             values = [(column, value_text(row, column)) for column, _ in wanted]
             first = first or (place, values, row)
             if values == wanted or not isinstance(row, dict):
                 n_kept += 1
-                yield place, row
+                yield source, place, row
             else:
                 counts["where", "left out by --where"] += 1
     if first and not n_kept:
@@ -103,107 +164,31 @@ def value_text(row: dict, column: str) -> str:
     return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
-def read_rows(source: str, subset: str | None = None) -> Iterator[tuple[Place, dict]]:
-    """(place, row) of a .jsonl, .json, or .parquet file, a folder of them, or a hub dataset."""
-    readers = {".jsonl": read_jsonl, ".json": read_json, ".parquet": read_parquet}
-    parsed = parse_source(source, subset)
-    path = Path(parsed.name)
-    for _ in range(parsed.repeats):
-        if path.is_dir():
-            yield from read_hub(source, parsed)
-        elif path.suffix in readers:
-            yield from readers[path.suffix](require_file(path))
-        elif path.exists() or source.startswith((".", "/", "~")):
-            raise UserError(f"{require_file(path)}: expected a .jsonl, .json, or .parquet file")
-        elif "/" not in parsed.name:  # load_dataset("json") would read the current folder
-            raise UserError(f"{parsed.name}: no such file; a dataset on the hub has an owner, as "
-                            "openai/gsm8k")
-        else:
-            yield from read_hub(source, parsed)
-
-
-def require_file(path: Path) -> Path:
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    if path.stat().st_size == 0:
-        raise UserError(f"{path}: the file is empty")
-    return path
-
-
-def read_jsonl(path: Path) -> Iterator[tuple[Place, dict]]:
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                place = Place(str(path), "line", number)
-                try:
-                    yield place, json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    raise UserError(f"{place}: not JSON ({error})") from error
-
-
-def read_json(path: Path) -> Iterator[tuple[Place, dict]]:
-    try:
-        rows = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON ({error}); name it .jsonl if it holds one object per "
-                        "line") from error
-    if not isinstance(rows, list):
-        raise UserError(f"{path}: expected a top-level list of rows, not a {type(rows).__name__}")
-    yield from ((Place(str(path), "row", i), row) for i, row in enumerate(rows, start=1))
-
-
-def read_parquet(path: Path) -> Iterator[tuple[Place, dict]]:
-    import pyarrow.parquet
-
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
-        raise UserError(f"{path}: not a parquet file ({error})") from error
-    rows = (row for batch in file.iter_batches(1000) for row in batch.to_pylist())
-    yield from ((Place(str(path), "row", i), row) for i, row in enumerate(rows, start=1))
-
-
-# A newline between two visible characters: GPT-2's pattern always splits on both sides of it, so
-# the pieces have the same tokens as the whole text. A text without one is not cut.
-SAFE_CUT = re.compile(r"(?<=\S)\n(?=\S)")
-
-
-def read_txt(path: Path, chunk_chars: int) -> Iterator[tuple[str, bool]]:
-    """(piece of the text, whether it is the last); pieces have about `chunk_chars` characters."""
-    text = ""
-    try:
-        with path.open(encoding="utf-8") as file:
-            while block := file.read(chunk_chars):
-                new = max(0, len(text) - 1)  # no cut is possible before it
-                text += block
-                cut = max((match.end() for match in SAFE_CUT.finditer(text, new)), default=0)
-                if cut:
-                    yield text[:cut], False
-                    text = text[cut:]
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text ({error.reason})") from error
-    yield text, True
-
-
-def read_hub(source: str, parsed: Source) -> Iterator[tuple[Place, dict]]:
-    """Rows of a hub dataset, or of a local folder, streamed: nothing is downloaded first."""
+def read_hub(source: Source) -> Iterator[tuple[Place, dict]]:
+    """Rows of a hub dataset, streamed: nothing is downloaded first."""
     import datasets
 
     for library in ("huggingface_hub", "datasets"):  # no line for each retry, none for its errors
         logging.getLogger(library).setLevel(logging.CRITICAL)
-    place = source.partition("*")[0]
+    name, config, split, _, given = source
+    n = 0
     try:
-        rows = datasets.load_dataset(parsed.name, parsed.config, split=parsed.split, streaming=True)
-        yield from ((Place(place, "row", i), row) for i, row in enumerate(rows, start=1))
+        rows = datasets.load_dataset(name, config, split=split, streaming=True)
+        for n, row in enumerate(rows, start=1):
+            yield Place(given, "row", n), row
     except Exception as error:  # the hub raises many types; each means that nothing can be read
         reason = " ".join(str(error).split())[:140]
         what = "neither a local file nor a dataset on the hub"
-        advice = "check the id and the network, or pass the path of a .jsonl, .json, or .parquet"
+        advice = "check the id and the network, or pass the path of a file"
         if "gated" in reason:
             what, advice = "a gated dataset", "accept its terms on its page, then `hf auth login`"
-        elif "split" in reason.lower() or "config" in reason.lower() or Path(parsed.name).is_dir():
-            what, advice = "cannot be read", f"name one that exists: {parsed.name}:CONFIG:SPLIT"
-        raise UserError(f"{place}: {what} ({reason}); {advice}") from error
+        elif n:
+            what, advice = f"cannot be read after row {n}", "check the network and try again"
+        elif getattr(error, "filename", None):
+            what, advice = "cannot be cached", "set HF_HOME to a folder that can be written"
+        elif "split" in reason.lower() or "config" in reason.lower():
+            what, advice = "cannot be read", f"name one that exists: {name}:CONFIG:SPLIT"
+        raise UserError(f"{given}: {what} ({reason}); {advice}") from error
 
 
 # ----- the validation split ----------------------------------------------------------------------
@@ -244,23 +229,44 @@ def chunked(items: Iterable, limit: int, size_of: Callable = lambda item: 1) -> 
 
 
 def map_splits(work: Callable, config, report, rows_per_chunk: int) -> Iterator[tuple]:
-    """(split, source, work(row, config, counts)) of the rows of --source and --val_source."""
-    check_overlap(config.source, config.val_source, config.subset)
-    fraction = 0 if config.val_source else config.val_fraction
-    for part, sources in (("train", config.source), ("val", config.val_source)):
-        results = map_rows(work, sources, config, report, rows_per_chunk)
-        results = itertools.islice(results, config.max_examples)
-        for (source, result), is_val in mark_val(results, fraction, config.seed):
-            yield "val" if is_val else part, source, result
+    """(split, source, work(row, config, counts)) of the rows of --source and --val_source.
+
+    A source that is read N times is split once: training has the other rows N times, and none of
+    those in validation.
+    """
+    train, val = (find_sources(names, config.subset)
+                  for names in (config.source, config.val_source))
+    check_overlap(train, val)
+    fraction = 0 if val else config.val_fraction
+    picked = {source: bytearray() for source in train}  # of each row that can be used
+    results = map_rows(work, train, config, report, rows_per_chunk)
+    results = itertools.islice(results, config.max_examples)
+    for (source, result), is_val in mark_val(results, fraction, config.seed):
+        picked[source].append(is_val)
+        yield "val" if is_val else "train", source.given, result
+
+    again = [source for i in range(1, max(s.repeats for s in train)) for source in train
+             if source.repeats > i]
+    is_val = itertools.chain.from_iterable(picked[source] for source in again)
+    results = map_rows(work, again, config, report, rows_per_chunk)
+    results = (result for result, left_out in zip(results, is_val) if not left_out)
+    room = config.max_examples and config.max_examples - sum(map(len, picked.values()))
+    for source, result in itertools.islice(results, room):
+        yield "train", source.given, result
+
+    val = [source for source in val for _ in range(source.repeats)]
+    results = map_rows(work, val, config, report, rows_per_chunk)
+    for source, result in itertools.islice(results, config.max_examples):
+        yield "val", source.given, result
 
 
-def map_rows(work: Callable, sources: Iterable[str], config, report, rows_per_chunk: int,
+def map_rows(work: Callable, sources: Iterable[Source], config, report, rows_per_chunk: int,
              ) -> Iterator[tuple]:
     """(source, work(row, config, counts)) of each row, in order, on --workers processes.
 
     A row for which `work` raises UserError is counted in the report, or raises (--on_bad_row).
     """
-    chunks = chunked(read_sources(sources, config, report.counts), rows_per_chunk)
+    chunks = chunked(select_rows(sources, config, report.counts), rows_per_chunk)
     for results, errors, counts in ordered_map(map_chunk, chunks, config.workers, work, config):
         report.reject(errors)
         if errors and config.on_bad_row == "error":
@@ -270,11 +276,13 @@ def map_rows(work: Callable, sources: Iterable[str], config, report, rows_per_ch
 
 
 def map_chunk(chunk: list[tuple], work: Callable, config) -> tuple[list, list, Counts]:
-    """A chunk of (place, row) -> [(source, result)], [(place, error)], and counts."""
+    """A chunk of (source, place, row) -> [(source, result)], [(place, error)], and counts."""
     results, errors, counts = [], [], Counts()
-    for place, row in chunk:
+    for source, place, row in chunk:
         try:
-            results.append((place.source, work(row, config, counts)))
+            if isinstance(row, UserError):  # it could not be decoded
+                raise row
+            results.append((source, work(row, config, counts)))
         except UserError as error:
             errors.append((place, str(error)))
     return results, errors, counts

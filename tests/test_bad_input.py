@@ -81,7 +81,8 @@ def trainer(request, data, text_data) -> SimpleNamespace:
     ("a.jsonl", None, "a.jsonl: no such file"),
     ("a.parquet", None, "a.parquet: no such file"),
     ("./a.csv", None, "a.csv: no such file"),
-    ("a.csv", b"Q,A", "a.csv: expected a .jsonl, .json, or .parquet file"),
+    ("a.xls", b"Q,A", "a.xls: expected a file of .jsonl, .ndjson, .json, .csv, .tsv, .parquet"),
+    ("a.csv", b"Q,A", "the train split is empty (no rows)"),
     ("a.jsonl", b"", "a.jsonl: the file is empty"),
     ("a.jsonl", b"\n \r\n", "the train split is empty (no rows)"),
     ("a.json", b"[]", "the train split is empty (no rows)"),
@@ -91,9 +92,10 @@ def trainer(request, data, text_data) -> SimpleNamespace:
     ("a.jsonl", b"[" * 100_000, "a.jsonl line 1: not JSON"),
     ("a.jsonl", b'{"id": ' + b"9" * 5000 + b"}", "a.jsonl line 1: not JSON"),
     ("a.json", b'{"prompt": "Q"}', "a.json: expected a top-level list of rows, not a dict"),
-    ("a.json", b"{}\n{}\n", "name it .jsonl if it holds one object per line"),
+    ("a.json", b"[]]", "name it .jsonl if it holds one object per line"),
+    ("a.json", b"{}\n{}\n", "a.json line 1: unknown form"),  # read as .jsonl
     ("a.json", b"[" * 100_000, "a.json: not JSON"),
-    ("a.parquet", b"PAR0", "a.parquet: not a parquet file"),
+    ("a.parquet", b"PAR0", "a.parquet: damaged, or not a .parquet file"),
 ])
 def test_unreadable_file_of_rows_is_named(refused, tmp_path, name, content, message):
     if content is not None:
@@ -109,7 +111,7 @@ def test_unreadable_file_of_rows_is_named(refused, tmp_path, name, content, mess
     ("a.jsonl", b'{"txt": "a"}', "a.jsonl line 1: no `text` string (found: ['txt'])"),
     ("a.jsonl", b'["a"]', "a.jsonl line 1: no `text` string (found: list)"),
     ("a.json", b"[]", "a.json: no text found"),
-    ("a.bin", b"01", "a.bin: expected a .jsonl, .json, or .parquet file"),
+    ("a.bin", b"01", "a.bin: expected a file of .txt, .jsonl"),
 ])
 def test_unreadable_text_is_named(refused, tmp_path, name, content, message):
     if content is not None:
@@ -125,8 +127,7 @@ def test_name_that_is_neither_a_file_nor_a_dataset_is_one_line(refused, monkeypa
     for module in (fineweb, sft_data):
         line = refused(module, *prepare_flags("me/typo"))
         assert line == ("me/typo: neither a local file nor a dataset on the hub (no route to the "
-                        "hub); check the id and the network, or pass the path of a .jsonl, .json, "
-                        "or .parquet")
+                        "hub); check the id and the network, or pass the path of a file")
 
 
 # ----- rows that cannot be trained ---------------------------------------------------------------

@@ -308,7 +308,7 @@ def test_data_is_named_and_read_as_in_sft_data(ask, tmp_path, jsonl):
     jsonl("set/test.jsonl", [{"q": q, "a": a, "cot": "So"} for q, a in QUESTIONS.items()])
     flags = ["--data", f"{tmp_path}/set::test", "--columns", "prompt=q,response=a"]
     result = ask(evaluate, *flags)
-    assert result.code == 2 and "test row 1: `cot` holds text that would be lost" in result.err
+    assert result.code == 2 and "set/test.jsonl line 1: `cot` holds text" in result.err
     result = ask(evaluate, *flags, "--ignore", "cot", "--where", "q=3+4=")
     found = json.loads(result.out.splitlines()[-1])
     assert (found["rows"], found["answer_acc"]) == (1, 1.0)
@@ -350,14 +350,14 @@ GOOD = {"prompt": "a", "response": "b"}
     ([GOOD], ["--model", "./other_vocabulary"], "384 ids, but its encoding bytes has 320"),
     ([GOOD], ["--model", "./other_encoding"], "unknown encoding 'latin1'"),
     ([GOOD], ["--data", "/nowhere/rows.jsonl"], "/nowhere/rows.jsonl: no such file"),
-    ([GOOD], ["--data", "./rows.csv"], "rows.csv: expected a .jsonl, .json, or .parquet"),
+    ([GOOD], ["--data", "./rows.xls"], "rows.xls: expected a file of .jsonl"),
 ])
 def test_bad_input_is_one_line_and_exit_code_2(rows, flags, message, ask, jsonl, tmp_path,
                                                monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_tiny_model("other_vocabulary", vocab_size=384, n_vocab=384)
     tiny_model().save_pretrained("other_encoding", encoding="latin1")
-    (tmp_path / "rows.csv").write_text("a,b\n")
+    (tmp_path / "rows.xls").write_text("a,b\n")
     result = ask(evaluate, "--data", jsonl("rows.jsonl", rows), *flags)
     assert (result.code, result.err.count("\n")) == (2, 1)
     assert result.err.startswith("error: ") and message in result.err
