@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from nanosft.errors import UserError, one_line
 
-COMPRESSIONS = (".gz", ".zst", ".bz2")
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
 
 
 class Place(NamedTuple):
@@ -93,11 +93,12 @@ def damaged(path: Path, error: Exception, where: str | None = None) -> UserError
 
 def open_bytes(path: Path) -> io.BufferedReader:
     """The bytes of a file, decompressed."""
-    if path.suffix.lower() not in COMPRESSIONS:
+    codec = COMPRESSIONS.get(path.suffix.lower())
+    if codec is None:
         return path.open("rb")
     import pyarrow
 
-    return io.BufferedReader(pyarrow.input_stream(str(path)))  # by its ending
+    return io.BufferedReader(pyarrow.input_stream(str(path), compression=codec))
 
 
 def open_text(path: Path, **options) -> io.TextIOWrapper:
