@@ -20,6 +20,7 @@ import tiktoken
 
 from nanosft.errors import UserError, require_choice
 from nanosft.forms import check_messages
+from nanosft.long_text import LongTextEncoding
 
 END_OF_TEXT = "<|endoftext|>"
 # In id order. GPT-2's vocabulary ends with <|endoftext|> (50256); the other four take the next ids,
@@ -181,7 +182,7 @@ def get_encoding(name: str) -> tiktoken.Encoding:
                 "files, or use --encoding bytes") from error
         pattern, ranks = base._pat_str, base._mergeable_ranks
     specials = {token: len(ranks) + i for i, token in enumerate(SPECIALS)}
-    return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials)
+    return LongTextEncoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials)
 
 
 def stop_ids(encoding: tiktoken.Encoding, template: str | None) -> list[int]:

@@ -1,6 +1,7 @@
 """Which ids a conversation becomes, and which of them are trained."""
 
 import doctest
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import tiktoken
 from hypothesis import example, given, strategies as st
 
 import tokenizer
+from nanosft import long_text
 from nanosft.errors import UserError
 from sft_data import create_labels
 from tokenizer import (
@@ -98,6 +100,34 @@ def test_decoding_restores_the_text(gpt2, bytes_encoding, text):
 
 def test_lone_surrogate_becomes_the_replacement_character(bytes_encoding):
     assert bytes_encoding.decode(bytes_encoding.encode_ordinary("a\ud83db")) == "a\ufffdb"
+
+
+# ----- white space without end --------------------------------------------------------------------
+
+# All that Unicode calls white space, and \x1c, which only Python does
+SPACES = [*"\t\n\v\f\r \x85\xa0\u1680\u2000\u2028\u2029\u202f\u205f\u3000\x1c"]
+
+
+@given(st.lists(st.sampled_from([*SPACES, *"   \n\n", "a", " the", "1", "!", "'s", "é", "\ud83d"]),
+                max_size=20).map("".join))
+def test_long_runs_of_white_space_have_the_ids_that_tiktoken_gives(gpt2, text):
+    """Here a run is long from two characters on, which tiktoken can take as well."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(long_text, "LONGEST_RUN", 2)
+        patch.setattr(long_text, "LONG_RUN",
+                      re.compile(long_text.LONG_RUN.pattern.replace("100000", "2")))
+        assert gpt2.encode_ordinary(text) == tiktoken.Encoding.encode_ordinary(gpt2, text)
+
+
+@pytest.mark.parametrize("run", [" ", "\n", "\r\n \t", "\u3000"])
+def test_a_million_of_white_space_is_encoded(gpt2, bytes_encoding, run, capfd):
+    """tiktoken panics from 999,999 on; up to there the ids are its own."""
+    long, longer = (run * n for n in (900_000 // len(run), 1_200_000 // len(run)))
+    assert gpt2.encode_ordinary(f"a{long}b") == tiktoken.Encoding.encode_ordinary(gpt2, f"a{long}b")
+    for text in (f"{longer}b", f"a{longer}b{longer}", f"a{longer}"):
+        for encoding in (gpt2, bytes_encoding):
+            assert encoding.decode(encoding.encode_ordinary(text)) == text
+    assert capfd.readouterr().err == ""  # a panic writes there
 
 
 # ----- text never becomes a special token --------------------------------------------------------
