@@ -50,8 +50,8 @@ class Config(Showing, Reading):  # and --show and its flags; --subset, --columns
 
     # the rows
     source: tuple[str, ...] = ()
-    """.jsonl, .json, or .parquet files, or hub datasets as ID[:CONFIG[:SPLIT]];
-    SOURCE*N: N times"""
+    """.jsonl, .json, .csv, .parquet, … files, folders, patterns, or hub datasets as
+    ID[:CONFIG[:SPLIT]]; SOURCE*N: N times"""
     val_source: tuple[str, ...] = ()
     """rows of the validation split; default: --val_fraction of --source"""
     val_fraction: Annotated[float, Ge(0), Lt(1)] = 0.05
@@ -189,6 +189,11 @@ class SFTDataset(Dataset):
         begin = int(self.starts[number])
         return self.shards[begin + start : begin + stop]
 
+    def has_answers(self) -> bool:
+        """Is any token of an answer supervised? Not, if all of them have weight 0."""
+        pieces = (self.piece(number, 1, int(n)) for number, n in zip(self.numbers, self.lengths))
+        return any(weights_in_effect(stored, "response").any() for _, stored in pieces)
+
     def tokens(self, i: int) -> np.ndarray:
         """Row i before shifting and padding, int64 (4, n), n at most T + 1.
 
@@ -289,7 +294,7 @@ def prepare(config: Config) -> None:
         report.check_splits(splits, config)
         write_meta(folder, {
             "kind": "sft", "encoding": config.encoding, "vocab_size": encoding.n_vocab,
-            "template": config.template, "train_on": config.train_on,
+            "template": config.template if report.has_chats else None, "train_on": config.train_on,
             "source": [*config.source, *config.val_source], "splits": splits})
     report.print(splits, row_openers(config, config.out, "train"))
     init = "gpt2" if config.encoding == "gpt2" else "scratch"

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from answer import Assistant, answer_samples
 from model import GPT
+from nanosft.checks import require_targets
 from nanosft.cli import run_cli
 from nanosft.ranks import Ranks
 from nanosft.shards import read_meta
@@ -59,10 +60,11 @@ def open_rows(config: Config, split: str) -> SFTDataset | None:
     n, is_train = config.max_examples, split == "train"
     if split not in read_meta(config.data, "sft")["splits"]:
         return None
-    return SFTDataset(config.data, split, config.block_size, config.layout,
+    rows = SFTDataset(config.data, split, config.block_size, config.layout,
                       seed=config.seed if is_train else None, loss_on=config.loss_on,
                       isolate=config.isolate, rows_per_step=config.rows_per_step,
                       overlong=config.overlong, examples=range(n) if n and is_train else None)
+    return require_targets(rows, split)
 
 
 def forward_sft(model, x: Tensor, y: Tensor, weights: Tensor,

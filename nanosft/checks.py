@@ -153,6 +153,16 @@ def require_row(block_size: int) -> None:
     require_memory(TOKEN_BYTES * block_size, f"--block_size {block_size}")
 
 
+def require_targets(rows, split: str):
+    """The rows of an SFTDataset. UserError if none of their tokens is in the loss: the loss of no
+    targets is 0, whatever the model says."""
+    if rows.has_answers():
+        return rows
+    raise UserError(f"--data {rows.shards.folder}: no token of the {len(rows.numbers)} examples of "
+                    f"{split} in use is in the loss, because all their answers have weight 0; use "
+                    "other data, or more of it (--max_examples, --block_size)")
+
+
 def check_memory(sizes, config, ranks) -> str:
     """What a rank needs at its peak, as a line to print. UserError if it has less.
 

@@ -17,6 +17,7 @@ class Report:
         self.counts, self.bad = Counts(), []  # {(kind, name): rows}
         self.totals = {split: Counts(examples=0, trained_tokens=0) for split in ("train", "val")}
         self.hashes = {split: (array("q"), array("q")) for split in ("train", "val")}
+        self.has_chats = False  # or only {text} rows, which no template renders
 
     def reject(self, errors: list[tuple]) -> None:
         """errors: (place, message)."""
@@ -28,6 +29,7 @@ class Report:
         self.counts["source", source] += 1
         self.totals[split].update(examples=1, trained_tokens=int(np.count_nonzero(weights)))
         n_prompt = int(np.argmax(weights > 0)) or len(ids)  # a {text} row: all of it
+        self.has_chats |= not weights[0]
         examples, prompts = self.hashes[split]
         examples.append(hash(ids.tobytes() + weights.tobytes()))
         prompts.append(hash(ids[:n_prompt].tobytes()))
@@ -37,15 +39,20 @@ class Report:
         return {name: n for (of, name), n in self.counts.most_common() if of == kind}
 
     def check_splits(self, splits: dict[str, dict], config) -> None:
-        """UserError if a split is empty, with the reason. config: that of sft_data.py."""
+        """UserError if a split is empty or has no target, with the reason. config: of sft_data.py.
+        """
         n_bad = sum(self.of("rejected").values())
         for name, split in splits.items():
-            if split["tokens"]:
+            if split["trained_tokens"]:
                 continue
-            why = f"all {n_bad} rows were rejected; first: {self.bad[0]}" if n_bad else "no rows"
-            if name == "val" and not config.val_source:
+            what, why = "is empty", "no rows"
+            if split["tokens"]:
+                what, why = "has no token in the loss", "every answer in it has weight 0"
+            elif name == "val" and not config.val_source:
                 why = f"--val_fraction {config.val_fraction} of {splits['train']['examples']} rows"
-            raise UserError(f"the {name} split is empty ({why}); change --source, --val_source, "
+            elif n_bad:
+                why = f"all {n_bad} rows were rejected; first: {self.bad[0]}"
+            raise UserError(f"the {name} split {what} ({why}); change --source, --val_source, "
                             "or --val_fraction")
 
     def duplicates(self) -> tuple[int, int]:

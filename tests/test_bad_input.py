@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from helpers_training import flip_a_bit
+from helpers_training import flip_a_bit, sft_folder
 
 import fineweb
 import sft_data
@@ -295,6 +295,33 @@ def test_chats_of_version_1_are_refused_with_loss_on_all(refused, data):
         line = refused(module, "--data", data, *flags, "--loss_on", "all")
         assert line == (f"--data {data} is of format version 1, which cannot tell what --loss_on "
                         "all covers; make the data again with sft_data.py")
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("version, stored", [(1, 0), (2, 0), (2, 65535)])
+@pytest.mark.parametrize("layout", ["fit", "stream"])
+def test_shards_without_a_target_are_refused(refused, tmp_path, version, stored, split, layout):
+    """Also those of an earlier version, and under --loss_on all where that one can be used."""
+    good, without = ([81, 65, 256], [0, 100, 100]), ([81, 65, 256], [0, stored, stored])
+    splits = {"train": [good] * 3, "val": [good] * 3} | {split: [without] * 3}
+    folder = Path(sft_folder(tmp_path / "d", **splits))
+    edit_meta(folder / "train_000000.npy", version=version)
+    (folder / "SHA256SUMS").unlink()
+    for loss_on in ("response", "all")[:version]:
+        line = refused(train_sft, "--data", folder, *SCRATCH, "--layout", layout,
+                       "--loss_on", loss_on)
+        assert line.startswith(f"--data {folder}: no token of the 3 examples of {split} in use is")
+
+
+def test_first_examples_without_a_target_are_refused_and_more_of_them_train(
+        refused, command, sft_shards):
+    kept = {"messages": [{"role": "user", "content": "Q"},
+                         {"role": "assistant", "content": "A", "weight": 0}]}
+    data = sft_shards([kept, kept, GOOD], name="data")
+    line = refused(train_sft, "--data", data, *SCRATCH, "--max_examples", 2)
+    assert "no token of the 2 examples of train in use is in the loss" in line
+    assert command(train_sft, "--data", data, *SCRATCH, "--max_examples", 3,
+                   "--eval_prompts", 0).code == 0
 
 
 def test_damaged_validation_shard_is_refused(refused, trainer):

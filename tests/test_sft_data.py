@@ -20,6 +20,7 @@ import torch
 from helpers_training import tiny_model
 from hypothesis import given, settings, strategies as st
 
+import chat as chat_command
 import sft_data
 import train_sft
 from nanosft.errors import UserError
@@ -163,11 +164,66 @@ def test_seed_decides_which_rows_are_validation(sft_shards):
         assert sorted(texts_in(folder) + texts_in(folder, "val")) == everything
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_source_read_several_times_is_split_before_it_is_repeated(sft_shards, jsonl, workers):
+    """Whatever names it has: a repeat, the same file twice, a pattern beside the file."""
+    a = jsonl("many_a.jsonl", [qa(f"a{i}") for i in range(40)] + [qa("bad", "")])
+    b = jsonl("many_b.jsonl", [qa(f"b{i}") for i in range(20)])
+    flags = ["--val_fraction", 0.2, "--workers", workers, "--on_bad_row", "skip"]
+    once = sft_shards([], *flags, "--source", a, b, name="once")
+    for i, sources in enumerate([[f"{a}*3", b], [a, b, a, a], [a.replace("many_a", "many_?"),
+                                                               f"{a}*2"]]):
+        data = sft_shards([], *flags, "--source", *sources, name=f"repeated{i}")
+        assert texts_in(data, "val") == texts_in(once, "val") and len(texts_in(data, "val")) == 12
+        want = [text for text in texts_in(once) for _ in range(3 if ">a" in text else 1)]
+        assert sorted(texts_in(data)) == sorted(want)
+        few = sft_shards([], *flags, "--source", *sources, "--max_examples", 70, name=f"few{i}")
+        assert texts_in(few, "val") == texts_in(once, "val") and len(texts_in(few)) == 58
+
+
 def test_val_source_is_the_whole_validation_split(jsonl, sft_shards):
     val = jsonl("val.jsonl", [qa("V")])
     folder = sft_shards([qa(), qa()], "--val_source", val, "--val_fraction", 0.5)
     assert texts_in(folder, "val") == ["<|user|>V<|end|><|assistant|>A<|end|><|endoftext|>"]
     assert len(texts_in(folder)) == 2
+
+
+@pytest.mark.parametrize("rows", [
+    [chat(("user", "Q"), ("assistant", "A", 0))] * 3,
+    [chat(("user", "Q"), ("assistant", "A"), ("user", "R"), ("assistant", "B", 0))],
+])
+def test_split_without_a_target_is_refused(rows, jsonl, command, tmp_path):
+    """The second row has one, but not under --train_on last_turn."""
+    none, some = jsonl("none.jsonl", rows), jsonl("some.jsonl", [qa()])
+    for sources, split in ((("--source", none, "--val_fraction", 0), "train"),
+                           (("--source", some, "--val_source", none), "val")):
+        result = command(sft_data, *sources, "--encoding", "bytes", "--workers", 1, "--train_on",
+                         "last_turn", "--out", tmp_path / "sft")
+        assert (result.code, result.err.count("\n")) == (2, 1)
+        assert result.err.startswith(f"error: the {split} split has no token in the loss (every")
+        assert not (tmp_path / "sft").exists()
+
+
+@pytest.mark.parametrize("rows, template", [
+    ([{"text": "ab"}, {"text": "c"}], None), ([{"text": "ab"}, qa()], "chat"), ([qa()], "chat")])
+def test_data_claims_only_a_template_that_a_row_used(sft_shards, rows, template):
+    assert json.loads((Path(sft_shards(rows)) / "meta.json").read_text())["template"] == template
+
+
+def test_checkpoint_of_text_rows_claims_no_chat_template(sft_shards, command, tmp_path):
+    """It continues text, as a base model does; validation has no prompts to answer."""
+    data = sft_shards([{"text": "abc"}] * 8, "--val_fraction", 0.25)
+    for name, rows in (("text", data), ("chats", sft_shards([qa()], name="chats"))):
+        result = command(train_sft, "--data", rows, "--out", tmp_path / name, "--init", "scratch",
+                         "--n_layer", 1, "--n_head", 1, "--n_embd", 8, *TINY[:-2])
+        assert result.code == 0, result.err
+        step = tmp_path / name / "step_000001"
+        has_template = "template" in json.loads((step / "config.json").read_text())
+        assert has_template == (name == "chats")
+        tokenizer_config = json.loads((step / "tokenizer_config.json").read_text())
+        assert ("chat_template" in tokenizer_config) == has_template
+    assert "a base model" in command(chat_command, "--model", tmp_path / "text", "--prompt", "a",
+                                     "--max_new_tokens", 1, "--device", "cpu").out
 
 
 def test_val_fraction_0_makes_no_validation_split(sft_shards):
