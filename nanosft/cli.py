@@ -16,6 +16,7 @@ from typing import NoReturn
 from nanosft.errors import NO_SPACE, UserError, one_line
 
 BOUNDS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
+NO_PATHS = {"prompt", "system", "columns", "ignore", "where"}  # flags of text, where ~ is only ~
 LARGEST = 2**62  # of a flag without an upper bound: beyond it, int64 could overflow
 
 
@@ -34,7 +35,7 @@ def run_cli(main: Callable, config_class: type) -> None:
             config = tyro.cli(config_class, use_underscores=True, config=(
                 tyro.conf.OmitArgPrefixes, tyro.conf.HelptextFromCommentsOff))
             check_bounds(config)
-            main(config)
+            main(expand_home(config))
         finally:
             sys.stdout.flush()  # here, where a closed pipe is caught
     except UserError as error:
@@ -54,6 +55,18 @@ def run_cli(main: Callable, config_class: type) -> None:
         if not gloo and not isinstance(error, dist.DistError):  # NCCL's
             raise
         exit_with("lost the connection to another rank, which failed or is down; see its output")
+
+
+def expand_home(config):
+    """The config with ~ as the home folder in every path: the shell leaves one in quotes alone."""
+    def expand(value):
+        if isinstance(value, tuple):
+            return tuple(map(expand, value))
+        return os.path.expanduser(value) if isinstance(value, str) else value
+
+    for name in vars(config).keys() - NO_PATHS:
+        setattr(config, name, expand(getattr(config, name)))
+    return config
 
 
 def check_bounds(config) -> None:

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from annotated_types import Ge, Gt, Le, Lt
 from helpers_training import TINY, flip_a_bit, text_folder
 
-from nanosft.cli import check_bounds, exit_with, run_cli
+from nanosft.cli import check_bounds, exit_with, expand_home, run_cli
 from nanosft.errors import UserError, one_line, require_choice
 
 ROOT = Path(__file__).parent.parent
@@ -40,6 +40,19 @@ def raising(error):
     def main(config):
         raise error
     return main
+
+
+def test_tilde_is_the_home_folder_in_every_path_and_only_a_tilde_in_text(monkeypatch, tmp_path):
+    @dataclasses.dataclass
+    class Paths:
+        out: str
+        source: tuple[str, ...]
+        prompt: str
+        steps: int = 3
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    found = expand_home(Paths("~/out", ("~/a.jsonl*2", "b"), "~/what is that?"))
+    assert found == Paths(f"{tmp_path}/out", (f"{tmp_path}/a.jsonl*2", "b"), "~/what is that?")
 
 
 # ----- one process -------------------------------------------------------------------------------
