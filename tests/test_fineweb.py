@@ -52,6 +52,27 @@ def test_each_document_of_every_kind_of_file_ends_with_endoftext(tmp_path, jsonl
     assert tokens_of(folder) == [i for text in documents for i in [*text.encode(), EOT]]
 
 
+def test_folder_of_texts_is_a_document_for_each_file(tmp_path, text_shards):
+    for name, text in (("b.txt", "b\nb"), ("a.txt", "a"), ("LICENSE.txt", "MIT"),
+                       ("README.md", "about"), (".cache/c.txt", "c")):
+        (tmp_path / "d" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "d" / name).write_text(text)
+    documents = [i for text in ("a", "b\nb") for i in [*text.encode(), EOT]]
+    assert tokens_of(text_shards([tmp_path / "d"])) == documents
+    assert tokens_of(text_shards([tmp_path / "d/[ab].*"], name="pattern")) == documents
+
+
+def test_text_read_twice_has_no_validation_split_that_is_trained_on(tmp_path, command):
+    (tmp_path / "a.txt").write_text("0123456789" * 10)
+    flags = ["--encoding", "bytes", "--workers", 1, "--out", tmp_path / "text"]
+    for sources in ([f"{tmp_path}/a.txt*2"], [tmp_path / "a.txt"] * 2):
+        result = command(fineweb, "--source", *sources, *flags)
+        assert result.code == 2 and "is read 2 times" in result.err
+        assert "use --val_tokens 0" in result.err
+    assert command(fineweb, "--source", *sources, *flags, "--val_tokens", 0).code == 0
+    assert len(tokens_of(tmp_path / "text")) == 202
+
+
 def test_fineweb_edu_is_its_10_billion_token_sample_unless_a_subset_is_named(monkeypatch):
     def load_dataset(name, subset, **options):
         return [{"text": f"{name} {subset}"}]

@@ -346,6 +346,59 @@ def test_path_that_exists_wins_over_the_grammar(jsonl, monkeypatch, tmp_path):
     assert parse_source("a.jsonl*2*3")[:4] == ("a.jsonl*2", None, "train", 3)
 
 
+def test_pattern_becomes_its_files_in_order_and_a_repeat_is_no_pattern(jsonl, monkeypatch,
+                                                                       tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sub").mkdir()
+    for name in ("b.jsonl", "a.jsonl", "part-2", "sub/c.jsonl", "sub/[1].jsonl"):
+        jsonl(name, [{"text": name}])
+
+    def texts(source: str) -> list[str]:
+        return [row["text"] for _, row in read_rows(source)]
+
+    assert texts("*.jsonl") == texts("[ab].jsonl") == texts("?.jsonl") == ["a.jsonl", "b.jsonl"]
+    assert texts("*.jsonl*2") == ["a.jsonl", "a.jsonl", "b.jsonl", "b.jsonl"]
+    assert texts("**/*.jsonl") == ["a.jsonl", "b.jsonl", "sub/[1].jsonl", "sub/c.jsonl"]
+    assert texts("sub/[1].jsonl") == ["sub/[1].jsonl"]  # a path that exists
+    jsonl("a.jsonl.2", [])
+    assert texts("a.jsonl*2") == ["a.jsonl"] * 2
+    for source, message in (("*.json", r"\*.json: no file matches this pattern"),
+                            ("no/*", r"no/\*: no file matches"), ("x[1].jsonl", "no file matches"),
+                            ("sub*", "no file matches"), ("part*2", "part-2: expected a file of"),
+                            ("*.jsonl*0", r"\*0 must be \*1 or more"),
+                            ("c.jsonl*2", "c.jsonl: no such file"),
+                            ("me*2", "me: no such file; a dataset on the hub has an owner")):
+        with pytest.raises(UserError, match=message):
+            texts(source)
+
+
+def test_source_named_twice_is_one_source_that_is_read_twice(jsonl, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "d").mkdir()
+    for name in ("d/a.jsonl", "d/b.jsonl"):
+        jsonl(name, [{"text": name}])
+    (tmp_path / "link.jsonl").symlink_to("d/b.jsonl")
+    found = find_sources(["d/a.jsonl*2", "d", "./d/*.jsonl", "link.jsonl", "me/mine", "me/mine*2",
+                          "me/mine::test"])
+    assert [(source.name, source.split, source.repeats) for source in found] == [
+        ("d/a.jsonl", "train", 4), ("d/b.jsonl", "train", 3), ("me/mine", "train", 3),
+        ("me/mine", "test", 1)]
+
+
+def test_error_of_the_hub_says_what_helps(monkeypatch):
+    def broken(rows):
+        yield from rows
+        raise UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte")
+
+    for answer, message in (
+            (lambda: broken([{}, {}]), r"me/mine: cannot be read after row 2 \('utf-8' codec"),
+            (Path("/dev/null/cache/x").read_bytes, r"me/mine: cannot be cached .* set HF_HOME to")):
+        monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(
+            load_dataset=lambda *args, answer=answer, **options: answer()))
+        with pytest.raises(UserError, match=message):
+            list(read_rows("me/mine"))
+
+
 @pytest.fixture
 def folder(tmp_path) -> str:
     """A data set as the hub stores it, in a local folder: two splits."""
