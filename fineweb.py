@@ -22,9 +22,9 @@ from tqdm import tqdm
 
 from nanosft.cli import run_cli
 from nanosft.errors import UserError
-from nanosft.files import TEXT_FORMATS, checked, format_of, read_txt
+from nanosft.files import TEXT_FORMATS
 from nanosft.shards import ShardWriter, new_folder, write_meta
-from nanosft.sources import Source, chunked, find_sources, ordered_map, read_source
+from nanosft.sources import chunked, find_sources, ordered_map, texts_in
 from tokenizer import EncodingName, get_encoding
 
 CHUNK_CHARS = 200_000  # characters that a worker encodes at a time; 0.1 to 1 M are equally fast
@@ -61,16 +61,7 @@ def read_texts(config: Config) -> Iterator[tuple[str, bool]]:
         if source.name.endswith("/fineweb-edu"):
             source = source._replace(config=source.config or "sample-10BT")
         for _ in range(source.repeats):
-            yield from (read_txt(Path(source.name), CHUNK_CHARS)
-                        if format_of(source.name) == ".txt" else read_column(source))
-
-
-def read_column(source: Source) -> Iterator[tuple[str, bool]]:
-    for place, row in checked(read_source(source)):
-        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-            there = list(row) if isinstance(row, dict) else type(row).__name__
-            raise UserError(f"{place}: no `text` string (found: {there})")
-        yield row["text"], True
+            yield from texts_in(source, CHUNK_CHARS)
 
 
 def encode_texts(chunk: list[tuple[str, bool]], encoding_name: str) -> np.ndarray:

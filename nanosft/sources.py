@@ -8,6 +8,7 @@ import json
 import logging
 import multiprocessing
 import os
+import re
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -35,7 +36,8 @@ class Source(NamedTuple):
     def identity(self) -> tuple:
         """Equal for two names of the same rows."""
         path = Path(self.name)
-        return (path.resolve(),) if path.exists() else self[:3]
+        name = path.resolve() if path.exists() else self.name
+        return (name,) if path.is_file() else (name, self.config, self.split)
 
 
 def parse_source(source: str, subset: str | None = None) -> Source:
@@ -52,17 +54,13 @@ def parse_source(source: str, subset: str | None = None) -> Source:
     if int(repeats) < 1:
         raise UserError(f"{source}: *{repeats} must be *1 or more; leave the source out to read "
                         "none of it")
-    if Path(whole).exists() or is_pattern(whole):
+    if Path(whole).exists() or glob.has_magic(whole):
         return Source(whole, subset, "train", int(repeats), whole)
     name, _, rest = whole.partition(":")
     config, _, split = rest.partition(":")
     if ":" in split or (rest and Path(name).is_file()):
         raise UserError(f"{source}: expected ID[:CONFIG[:SPLIT]]; a file has neither")
     return Source(name, config or subset, split or "train", int(repeats), whole)
-
-
-def is_pattern(name: str) -> bool:
-    return glob.has_magic(name) and not Path(name).exists()
 
 
 def find_sources(sources: Iterable[str], subset: str | None = None,
@@ -82,21 +80,21 @@ def find_sources(sources: Iterable[str], subset: str | None = None,
 def names_in(source: Source, formats: Iterable[str]) -> list[str]:
     """The paths of a file, a folder, or a pattern, in order; or the hub id."""
     name, path = source.name, Path(source.name)
+    paths = [path]
     if path.is_dir():
-        return [*map(str, files.folder_files(path, source.config, source.split, formats))]
-    if is_pattern(name):
-        paths = [path for path in sorted(glob.glob(name, recursive=True)) if Path(path).is_file()]
+        if source.config or files.declares_files(path):
+            return [name]
+        paths = files.folder_files(path, source.split, formats)
+    elif glob.has_magic(name) and not path.exists():
+        paths = [path for path in map(Path, sorted(glob.glob(name, recursive=True)))
+                 if path.is_file()]
         if not paths:
             raise UserError(f"{name}: no file matches this pattern; correct it, or write SOURCE*2 "
                             "to read a source twice")
-        return paths
-    if path.exists() or files.format_of(path) in formats or name.startswith((".", "/", "~")):
-        files.require_file(path)
-        if files.format_of(path) not in formats:
-            raise UserError(f"{path}: expected a file of {files.names_of(formats)}")
-    elif "/" not in name:  # load_dataset("json") would read the current folder
-        raise UserError(f"{name}: no such file; a dataset on the hub has an owner, as openai/gsm8k")
-    return [name]
+    elif not (path.exists() or files.format_of(path) in formats or "/" not in name
+              or name.startswith((".", "/", "~"))):
+        return [name]
+    return [str(files.require_file(path, formats)) for path in paths]
 
 
 def check_overlap(sources: Iterable[Source], val_sources: Iterable[Source]) -> None:
@@ -114,15 +112,7 @@ def check_overlap(sources: Iterable[Source], val_sources: Iterable[Source]) -> N
 
 def read_rows(source: str, subset: str | None = None) -> Iterator[tuple[Place, dict]]:
     """(place, row) of a file, a folder or a pattern of files, or a hub dataset."""
-    for found in find_sources([source], subset):
-        for _ in range(found.repeats):
-            yield from files.checked(read_source(found))
-
-
-def read_source(source: Source) -> Iterator[tuple[Place, dict | UserError]]:
-    """(place, row) once; in place of a row that cannot be decoded, its UserError."""
-    return (files.decode_file(Path(source.name)) if Path(source.name).exists()
-            else read_hub(source))
+    return read_sources([source], Reading(subset=subset), Counts())
 
 
 def read_sources(sources: Iterable[str], reading: Reading, counts: Counts,
@@ -131,6 +121,24 @@ def read_sources(sources: Iterable[str], reading: Reading, counts: Counts,
     found = [source for source in find_sources(sources, reading.subset)
              for _ in range(source.repeats)]
     return files.checked((place, row) for _, place, row in select_rows(found, reading, counts))
+
+
+def read_source(source: Source) -> Iterator[tuple[Place, dict | UserError]]:
+    """(place, row) once; in place of a row that cannot be decoded, its UserError."""
+    return (files.decode_file(Path(source.name)) if Path(source.name).is_file()
+            else read_hub(source))
+
+
+def texts_in(source: Source, chunk_chars: int) -> Iterator[tuple[str, bool]]:
+    """(text, whether it ends a document); a .txt file is one document, read in pieces."""
+    if files.format_of(source.name) == ".txt":
+        yield from files.read_txt(Path(source.name), chunk_chars)
+        return
+    for place, row in files.checked(read_source(source)):
+        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+            there = list(row) if isinstance(row, dict) else type(row).__name__
+            raise UserError(f"{place}: no `text` string (found: {there})")
+        yield row["text"], True
 
 
 def select_rows(sources: Iterable[Source], reading: Reading, counts: Counts,
@@ -165,7 +173,7 @@ def value_text(row: dict, column: str) -> str:
 
 
 def read_hub(source: Source) -> Iterator[tuple[Place, dict]]:
-    """Rows of a hub dataset, streamed: nothing is downloaded first."""
+    """Rows of a hub dataset, or of a copy of one, streamed: nothing is downloaded first."""
     import datasets
 
     for library in ("huggingface_hub", "datasets"):  # no line for each retry, none for its errors
@@ -178,16 +186,19 @@ def read_hub(source: Source) -> Iterator[tuple[Place, dict]]:
             yield Place(given, "row", n), row
     except Exception as error:  # the hub raises many types; each means that nothing can be read
         reason = " ".join(str(error).split())[:140]
-        what = "neither a local file nor a dataset on the hub"
-        advice = "check the id and the network, or pass the path of a file"
-        if "gated" in reason:
-            what, advice = "a gated dataset", "accept its terms on its page, then `hf auth login`"
-        elif n:
-            what, advice = f"cannot be read after row {n}", "check the network and try again"
-        elif getattr(error, "filename", None):
-            what, advice = "cannot be cached", "set HF_HOME to a folder that can be written"
-        elif "split" in reason.lower() or "config" in reason.lower():
-            what, advice = "cannot be read", f"name one that exists: {name}:CONFIG:SPLIT"
+        causes = (
+            ("gated" in reason, "a gated dataset", "accept its terms on its page, then `hf auth "
+                                                   "login`"),
+            (Path(name).is_dir(), f"cannot be read after row {n}",
+             f"name what exists as {name}:CONFIG:SPLIT, or pass the files one by one"),
+            (n, f"cannot be read after row {n}", "check the network and try again"),
+            (getattr(error, "filename", None), "cannot be cached",
+             "set HF_HOME to a folder that can be written"),
+            (re.search("split|config", reason, re.IGNORECASE), "cannot be read",
+             f"name one that exists: {name}:CONFIG:SPLIT"),
+            (True, "neither a local file nor a dataset on the hub",
+             "check the id and the network, or pass the path of a file"))
+        what, advice = next(cause[1:] for cause in causes if cause[0])
         raise UserError(f"{given}: {what} ({reason}); {advice}") from error
 
 

@@ -27,7 +27,7 @@ import tyro
 from model import GPT, GPTConfig
 from nanosft.cli import run_cli
 from nanosft.errors import UserError
-from nanosft.files import read_file, require_file
+from nanosft.sources import read_rows
 from tokenizer import get_encoding, render_prompt
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -223,8 +223,8 @@ def main(config: Config) -> None:
         print("playground: not checked, because there is no chromium or google-chrome")
         return
     lesson = Path(config.lesson)
-    rows = read_file(lesson / "text/questions.jsonl")
-    result = check(require_file(Path(config.page)), f"{lesson}/base", f"{lesson}/sft",
+    rows = read_rows(f"{lesson}/text/questions.jsonl")
+    result = check(Path(config.page), f"{lesson}/base", f"{lesson}/sft",
                    [row["question"] for _, row in rows])
     print(result)
     if not result.agrees():

@@ -214,16 +214,16 @@ def test_checkpoint_of_text_rows_claims_no_chat_template(sft_shards, command, tm
     """It continues text, as a base model does; validation has no prompts to answer."""
     data = sft_shards([{"text": "abc"}] * 8, "--val_fraction", 0.25)
     for name, rows in (("text", data), ("chats", sft_shards([qa()], name="chats"))):
-        result = command(train_sft, "--data", rows, "--out", tmp_path / name, "--init", "scratch",
-                         "--n_layer", 1, "--n_head", 1, "--n_embd", 8, *TINY[:-2])
+        result = command(train_sft, "--data", rows, "--out", tmp_path / f"run_{name}", "--init",
+                         "scratch", "--n_layer", 1, "--n_head", 1, "--n_embd", 8, *TINY[:-2])
         assert result.code == 0, result.err
-        step = tmp_path / name / "step_000001"
+        step = tmp_path / f"run_{name}/step_000001"
         has_template = "template" in json.loads((step / "config.json").read_text())
         assert has_template == (name == "chats")
         tokenizer_config = json.loads((step / "tokenizer_config.json").read_text())
         assert ("chat_template" in tokenizer_config) == has_template
-    assert "a base model" in command(chat_command, "--model", tmp_path / "text", "--prompt", "a",
-                                     "--max_new_tokens", 1, "--device", "cpu").out
+    assert "a base model" in command(chat_command, "--model", tmp_path / "run_text", "--prompt",
+                                     "a", "--max_new_tokens", 1, "--device", "cpu").out
 
 
 def test_val_fraction_0_makes_no_validation_split(sft_shards):

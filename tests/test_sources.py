@@ -422,7 +422,7 @@ def test_folder_has_the_splits_that_the_names_of_its_files_say(folder, capsys):
 
 @pytest.mark.parametrize("suffix, message", [
     ("::dev", "no split 'dev' (there is: test, train)"),
-    (":de", "no configuration 'de'"),
+    (":de", "BuilderConfig 'de' not found. Available: ['default']"),
     ("*0", "*0 must be *1 or more"),
     ("::test*x", "::test*x: no file matches this pattern"),
     (":a:b:c", "expected ID[:CONFIG[:SPLIT]]"),

@@ -21,7 +21,7 @@ from answer import Assistant, load_assistant
 from model import GPT
 from nanosft.cli import run_cli
 from nanosft.errors import UserError
-from nanosft.files import read_file
+from nanosft.sources import read_rows
 from nanosft.viewer import save_page
 from nanosft.weights import checkpoints, find_model, read_config
 from tokenizer import SPECIALS, render_prompt, stop_ids
@@ -49,7 +49,7 @@ class Config:
 def read_accuracies(run: Path) -> dict[int, float]:
     """Step -> share of right answers to validation prompts, where the run measured it."""
     path = run / "metrics.jsonl"
-    rows = [row for _, row in read_file(path)] if path.is_file() else []
+    rows = [row for _, row in read_rows(str(path))] if path.is_file() else []
     return {row["step"]: row["val_answer_accuracy"] for row in rows if "val_answer_accuracy" in row}
 
 
@@ -105,7 +105,7 @@ def weights_of(model: GPT) -> str:
 def read_questions(path: str | None) -> list[dict]:
     """UserError: no such file, or a row that is not a question."""
     questions = []
-    for place, row in read_file(path) if path else []:
+    for place, row in read_rows(path) if path else []:
         row = {"about": "", "as": "chat"} | row if isinstance(row, dict) else {}
         question, about, mode = (row.get(key) for key in ("question", "about", "as"))
         if not (isinstance(question, str) and question and isinstance(about, str)):
