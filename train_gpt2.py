@@ -289,10 +289,11 @@ def evaluate(model: GPT, batches: Iterable[MicroBatch], ranks: Ranks,
                 loss += forward(model, batch.x, batch.y, batch.weights, batch.segments)
             percent += batch.weight_percent()
     percent = ranks.sum(torch.tensor(percent, device=ranks.device)).item()
+    checks.require_weight(percent)
     loss, (right, counted) = ranks.sum(loss).item(), ranks.sum(hits).tolist()
     # a custom loss may not count hits
     accuracy = {"val_accuracy": right / counted} if counted else {}
-    return {"val_loss": loss / max(percent / 100, 1e-9), **accuracy}
+    return {"val_loss": loss / (percent / 100), **accuracy}
 
 
 # ----- a model and its optimizer, new or from a checkpoint ---------------------------------------

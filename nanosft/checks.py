@@ -163,6 +163,13 @@ def require_targets(rows, split: str):
                     "other data, or more of it (--max_examples, --block_size)")
 
 
+def require_weight(percent: int) -> None:
+    """UserError for an evaluation of no targets: its loss would be the lowest of all."""
+    if percent == 0:
+        raise UserError("no token of the validation rows that are evaluated is in the loss; raise "
+                        "--eval_tokens to evaluate more of them")
+
+
 def check_memory(sizes, config, ranks) -> str:
     """What a rank needs at its peak, as a line to print. UserError if it has less.
 

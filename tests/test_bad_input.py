@@ -313,6 +313,18 @@ def test_shards_without_a_target_are_refused(refused, tmp_path, version, stored,
         assert line.startswith(f"--data {folder}: no token of the 3 examples of {split} in use is")
 
 
+def test_evaluated_rows_without_a_target_are_refused_and_more_of_them_train(refused, command,
+                                                                            tmp_path):
+    """--eval_tokens 8 takes the middle row of T = 8 only; its val_loss of 0 would be the best."""
+    good, without = ([81, 65, 256], [0, 100, 100]), ([81, 65, 256], [0, 0, 0])
+    data = sft_folder(tmp_path / "d", train=[good] * 3, val=[good, without, good])
+    flags = ["--data", data, *SCRATCH, "--layout", "pad", "--eval_prompts", 0]
+    line = refused(train_sft, *flags, "--eval_tokens", 8)
+    assert "no token of the validation rows that are evaluated is in the loss" in line
+    assert "raise --eval_tokens" in line
+    assert command(train_sft, *flags, "--eval_tokens", 24).code == 0
+
+
 def test_first_examples_without_a_target_are_refused_and_more_of_them_train(
         refused, command, sft_shards):
     kept = {"messages": [{"role": "user", "content": "Q"},
