@@ -159,8 +159,12 @@ def decode_arrow(path: Path) -> Iterator[tuple[Place, dict | UserError]]:
     """A stream of batches, as `Dataset.save_to_disk` writes it."""
     import pyarrow
 
+    def valid(batch):
+        batch.validate(full=True)  # reading at a damaged offset would end the process
+        return batch
+
     with pyarrow.OSFile(str(path)) as file:
-        yield from rows_of(path, pyarrow.ipc.open_stream(file))
+        yield from rows_of(path, map(valid, pyarrow.ipc.open_stream(file)))
 
 
 def rows_of(path: Path, batches: Iterable) -> Iterator[tuple[Place, dict | UserError]]:
@@ -170,7 +174,6 @@ def rows_of(path: Path, batches: Iterable) -> Iterator[tuple[Place, dict | UserE
 
 def decode_batch(batch) -> list[dict | UserError]:
     try:
-        batch.validate(full=True)  # reading a damaged offset would end the process
         return batch.to_pylist()
     except (ValueError, OverflowError) as error:  # text that is not UTF-8, a date that cannot be
         if len(batch) == 1:
@@ -256,7 +259,7 @@ def splits_by_name(folder: Path, formats: Iterable[str]) -> tuple[dict[str, list
     splits, others = collections.defaultdict(list), []
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
-        if not path.is_file() or ABOUT.fullmatch(path.name) or any(
+        if path.is_dir() or ABOUT.fullmatch(path.name) or any(
                 part.startswith((".", "__")) for part in name.parts):
             continue
         if format_of(path) in formats:

@@ -111,26 +111,26 @@ def test_byte_order_mark_is_no_part_of_a_text(tmp_path, encoding):
 # ----- one bad row -------------------------------------------------------------------------------
 
 
-def bad_string_table(path: Path) -> Path:
+def bad_string_table(path: Path, nested: bool = False) -> Path:
     """Three rows; the response of the second is not UTF-8."""
     answers = pyarrow.array([b"A", b"\xff\xfe", b"C"]).view(pyarrow.string())
     table = pyarrow.table({"prompt": ["a", "b", "c"], "response": answers})
-    if path.suffix == ".parquet":
-        pyarrow.parquet.write_table(table, path)
-    else:
-        with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(
-                file, table.schema) as stream:
-            stream.write_table(table)
+    if nested:
+        roles, ends = ["user", "assistant"] * 3, [0, 2, 4, 6]
+        texts = pyarrow.array([b"a", b"A", b"b", b"\xff", b"c", b"C"]).view(pyarrow.string())
+        turns = pyarrow.StructArray.from_arrays([roles, texts], ["role", "content"])
+        table = pyarrow.table({"messages": pyarrow.ListArray.from_arrays(ends, turns)})
+    pyarrow.parquet.write_table(table, path)
     return path
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("name, content, place", [
-    ("a.parquet", None, "row 2: cannot be decoded (In column 1: Invalid"),
-    ("a.arrow", None, "row 2: cannot be decoded (In column 1: Invalid"),
+    ("a.parquet", False, "row 2: cannot be decoded ('utf-8' codec can't decode byte 0xff"),
+    ("a.parquet", True, "row 2: cannot be decoded ('utf-8' codec can't decode byte 0xff"),
     ("a.jsonl", LINES + "{\n" + LINES, "line 3: not JSON"),
     ("a.jsonl", LINES.encode() + b'{"prompt": "\xff"}\n' + LINES.encode(), "line 3: not JSON"),
-    ("a.jsonl", LINES + "[" * 500 + "]" * 500 + "\n", "line 3: a value: lists and objects are"),
+    ("a.jsonl", LINES + "[" * 500 + "]" * 500 + "\n" + LINES, "line 3: a value: lists and objects"),
     ("a.csv", "prompt,response\nQ,A\nQ,1,000\nQ,A\n", "line 3: more or fewer values"),
     ("a.csv", "prompt,response\nQ,A\nbroken\nline,A\n", "line 3: more or fewer values"),
     ("a.csv", b"prompt,response\nQ,A\nQ,caf\xe9\nQ,A\n", "line 3: not UTF-8 text"),
@@ -138,12 +138,13 @@ def bad_string_table(path: Path) -> Path:
 def test_row_that_cannot_be_decoded_is_named_or_left_out_and_counted(
         prepare, tmp_path, name, content, place, workers):
     path = tmp_path / name
-    bad_string_table(path) if content is None else write(path, content)
+    bad_string_table(path, content) if isinstance(content, bool) else write(path, content)
     result = prepare(path, "--workers", workers)
     assert result.code == 2 and result.err.startswith(f"error: {path} {place}"), result.err
     assert result.err.count("\n") == 1 and "--on_bad_row skip" in result.err
     result = prepare(path, "--workers", workers, "--on_bad_row", "skip")
-    assert result.code == 0 and "1 rejected" in result.out, result
+    n_kept = 4 if name == "a.jsonl" else 2  # the good rows before and after it
+    assert result.code == 0 and f": {n_kept} kept, 1 rejected" in result.out, result
 
 
 def test_fineweb_names_the_row_that_cannot_be_decoded(command, tmp_path):
@@ -278,6 +279,12 @@ def test_file_without_a_split_beside_files_with_one_is_refused(tmp_path):
     write(tmp_path / "d/chats.jsonl")
     assert "the name of chats.jsonl has no split, but others have (train)" in refusal(
         tmp_path / "d")
+
+
+def test_broken_link_in_a_folder_is_named(tmp_path):
+    write(tmp_path / "d/a.jsonl")
+    (tmp_path / "d/b.jsonl").symlink_to("gone.jsonl")
+    assert refusal(tmp_path / "d") == f"{tmp_path}/d/b.jsonl: no such file"
 
 
 def test_folder_without_rows_says_what_there_is(tmp_path):
