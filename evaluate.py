@@ -30,7 +30,7 @@ from model import GPT, IGNORE_INDEX
 from nanosft import fast
 from nanosft.cli import run_cli
 from nanosft.errors import UserError
-from nanosft.forms import Counts, Reading, messages_of
+from nanosft.forms import Counts, Reading, examined, messages_of
 from nanosft.ranks import Dtype, Ranks, setup_distributed
 from nanosft.sources import read_sources
 from tokenizer import Template, render, render_prompt
@@ -70,7 +70,7 @@ class Config(Reading):
 def read_questions(config: Config, assistant: Assistant) -> list[dict]:
     """Rows with a reference: the messages, the prompt's ids, the reference, and its ids."""
     questions, encoding, template = [], assistant.encoding, assistant.template
-    for place, row in read_sources([config.data], config, Counts()):
+    for place, row in examined(read_sources([config.data], config, Counts()), config):
         if len(questions) == config.max_examples:
             break
         try:

@@ -66,7 +66,7 @@ def render_example(encoding: tiktoken.Encoding, messages: list[dict], template: 
     if answer["role"] != "assistant":
         raise UserError(f"the last message has role {answer['role']!r}, expected 'assistant'")
     if train_on == "last_turn":
-        context = [message | {"weight": 0} for message in context]
+        context = [message | {"weight": 0, "parts": None} for message in context]
     return encode(encoding, prompt_parts(context, template) + answer_parts(answer, template))
 
 
@@ -112,23 +112,27 @@ def prompt_parts(messages: list[dict], template: str) -> list[Part]:
     require_choice("template", template, TEMPLATES)
     if template == "alpaca":
         return [Part(alpaca_prompt(messages))]
-    if template == "raw":
-        return [Part(content_of(message), weight_of(message)) for message in messages]
     parts = []
     for message in messages:
-        weight = weight_of(message)
-        parts += [Part(f"<|{message['role']}|>", is_special=True),
-                  Part(content_of(message), weight), Part("<|end|>", weight, is_special=True)]
-    return [*parts, Part("<|assistant|>", is_special=True)]
+        text = text_parts(message)
+        end = Part("<|end|>", text[-1].weight, is_special=True)
+        parts += [Part(f"<|{message['role']}|>", is_special=True), *text, end]
+    parts.append(Part("<|assistant|>", is_special=True))
+    return parts if template == "chat" else [part for part in parts if not part.is_special]
 
 
 def answer_parts(message: dict, template: str) -> list[Part]:
     """The last answer and its end token, of the same weight: the model must learn to stop."""
-    weight = weight_of(message)
-    content, end = Part(message["content"], weight), Part("<|end|>", weight, is_special=True)
+    text = text_parts(message)
+    weight = text[-1].weight
     if template == "chat":
-        return [content, end, Part(END_OF_TEXT, is_special=True)]
-    return [content, Part(END_OF_TEXT, weight, is_special=True)]
+        return [*text, Part("<|end|>", weight, is_special=True), Part(END_OF_TEXT, is_special=True)]
+    return [*text, Part(END_OF_TEXT, weight, is_special=True)]
+
+
+def text_parts(message: dict) -> list[Part]:
+    """The text; in pieces if parts of an answer have weights of their own."""
+    return [Part(content_of(part), weight_of(part)) for part in message.get("parts") or [message]]
 
 
 def content_of(message: dict) -> str:

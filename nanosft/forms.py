@@ -5,12 +5,27 @@ import dataclasses
 import functools
 import itertools
 import json
-from collections.abc import Callable
+import re
+import shlex
+from collections.abc import Callable, Iterable, Iterator
 from typing import Annotated, NamedTuple
 
 import tyro
 
 from nanosft.errors import UserError
+from nanosft.instructions import (
+    FACTS,
+    MAGPIE,
+    TITLES,
+    check_feedback,
+    hidden_instruction,
+    is_instruction,
+    is_number,
+    says_nothing,
+    show,
+    take_weight,
+    word,
+)
 
 Counts = collections.Counter  # of what a report names: ("unused", "id"): 7
 
@@ -39,18 +54,21 @@ class Reading:
                             f"{', '.join(sorted(COLUMN_NAMES))}")
         return pairs
 
+    @functools.cached_property
+    def decided(self) -> set[str]:
+        """The columns of --where: the user has decided what their values mean."""
+        return {split_pair("--where", item)[0] for item in self.where}
+
+    def ignoring(self, *keys: str) -> str:
+        """The flag that leaves out these keys, and those that it leaves out already."""
+        return shlex.join(["--ignore", *dict.fromkeys([*self.ignore, *keys])])
+
 
 def split_pair(flag: str, item: str) -> tuple[str, str]:
     name, equals, value = item.partition("=")
     if not (name and equals):
         raise UserError(f"{flag} {show(item)}: expected NAME=VALUE")
     return name.strip(), value
-
-
-def show(value) -> str:
-    """A value of a row for an error: at most 80 characters, control characters escaped."""
-    text = repr(value)
-    return text if len(text) <= 80 else text[:79] + "…"
 
 
 def require_shallow(name: str, value, limit: int = 100) -> None:
@@ -67,28 +85,47 @@ def require_shallow(name: str, value, limit: int = 100) -> None:
 # ----- a row of a dataset as messages ------------------------------------------------------------
 
 
-def read_chat(names: list[str], values: list, unused: dict) -> list[dict]:
-    return read_turns(names[0], values[0], unused)
+def read_chat(names: list[str], values: list, unused: dict, reading: Reading) -> list[dict]:
+    return read_turns(names[0], values[0], unused, reading)
 
 
-def read_pair(names: list[str], values: list, unused: dict) -> list[dict]:
-    """A prompt, a response, and perhaps an input; or two lists of messages (TRL's form)."""
-    if isinstance(values[0], list) and isinstance(values[1], list) and not any(values[2:]):
-        prompt, response = (read_turns(*pair, unused) for pair in zip(names[:2], values))
+def read_pair(names: list[str], values: list, unused: dict, reading: Reading) -> list[dict]:
+    """A prompt, a response, and perhaps an input; or messages that end with a user's (TRL) and
+    the answer: messages, too, or one message, or a string.
+    """
+    prompt, response, *extra = values
+    if not any(extra) and isinstance(prompt, list | dict) and holds_messages(prompt):
+        answer = {"role": "assistant", "content": response}
+        response = [answer] if isinstance(response, str) else response
+        response = [response] if isinstance(response, dict) else response
+        prompt, response = (read_turns(name, turns, unused, reading)
+                            for name, turns in zip(names, (prompt, response)))
         kept = [{"weight": 0} | turn if turn["role"] == "assistant" else turn for turn in prompt]
         return kept + response  # an answer in the prompt is context
     for name, value in zip(names, values):
         if not isinstance(value, str):
             raise UserError(f"`{name}` is {show(value)}, not a string")
-    extra = {"input": values[2]} if values[2:] and values[2] else {}
-    return [{"role": "user", "content": values[0]} | extra,
-            {"role": "assistant", "content": values[1]}]
+    extra = {"input": extra[0]} if extra and extra[0] else {}
+    return [{"role": "user", "content": prompt} | extra, {"role": "assistant", "content": response}]
 
 
-def read_text(names: list[str], values: list, unused: dict) -> str:
-    if not isinstance(values[0], str) or not values[0]:
-        raise UserError(f"`text` is {show(values[0]) if values[0] else 'empty'}, not a string")
-    return values[0]
+def holds_messages(value) -> bool:
+    """A list of messages, or OpenAI's {"messages": …}."""
+    if isinstance(value, dict):
+        return isinstance(value.get("messages"), list)
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
+
+
+def read_text(names: list[str], values: list, unused: dict, reading: Reading) -> str:
+    text = values[0]
+    if not isinstance(text, str) or not text:
+        raise UserError(f"`text` is {show(text) if text else 'empty'}, not a string")
+    mark = None if "text" in reading.mapping else rendered_mark(text)
+    if mark:
+        raise UserError(f"`text` is a chat in another template, it begins with {mark!r}; make it "
+                        "{messages} rows, or train it as plain text, marks and questions included: "
+                        "--columns text=text")
+    return text
 
 
 class Form(NamedTuple):
@@ -109,8 +146,16 @@ FORMS = (
 SYSTEM_NAMES = ("system", "system_prompt")  # beside any form but {text}
 COLUMN_NAMES = {name for form in FORMS for slot in form.columns for name in slot.split("|")}
 COLUMN_NAMES |= set(SYSTEM_NAMES)
+CHATS = ("messages", "conversations", "conversation")
+ROLE_KEYS = ("role", "from", "speaker", "author", "sender")
+CONTENT_KEYS = ("content", "value", "text", "parts")
+EXCHANGES = (  # a turn without a role: a question and its answer (Capybara, XTuner, ms-swift)
+    ("input", "output"), ("human", "assistant"), ("human", "gpt"), ("user", "assistant"),
+    ("question", "answer"), ("prompt", "response"), ("instruction", "output"))
+TEXT_TYPES = ("text", "input_text", "output_text")  # of parts
 ROLES = {"developer": "system", "human": "user", "prompter": "user", "input": "user"}
-ROLES |= dict.fromkeys(("gpt", "model", "bot", "output", "chatgpt"), "assistant")
+ROLES |= dict.fromkeys(("gpt", "model", "bot", "output", "chatgpt", "ai", "chatbot", "bard",
+                        "bing", "claude", "llm"), "assistant")
 ROLES |= {role: role for role in ("system", "user", "assistant")}
 TOOL_ROLES = {"tool", "tools", "function", "function_call", "function_response", "tool_call",
               "tool_response", "observation", "ipython"}
@@ -119,9 +164,23 @@ TOOL_ROLES = {"tool", "tools", "function", "function_call", "function_response",
 TEXT_NAMES = COLUMN_NAMES - {"text"} | {
     "content", "value", "history", "documents", "tools", "tool_calls", "function_call", "cot",
     "rationale", "reasoning", "reasoning_content", "thinking", "chain_of_thought", "complex_cot",
-    "explanation", "passage", "choices", "options"}
+    "explanation", "passage", "choices", "options", "chosen", "rejected"}
+MESSAGE_KEY = "message key "  # before the name of a message's key among the columns
 MEDIA = ("image", "images", "audio", "video", "videos")
 TREE_NAMES = {"role", "parent_id", "message_id", "message_tree_id"}
+PREFERENCES = {  # the worse answer: the better one
+    "rejected": "chosen", "rejected_response": "chosen_response",
+    "rejected_messages": "chosen_messages", "rejected_output": "chosen_output",
+    "non_preferred_output": "preferred_output"}
+# How a chat begins in other templates, and what marks its answers.
+RENDERED = (
+    ("### Human:", "### Assistant:"), ("### User:", "### Assistant:"),
+    ("### System:", "### Assistant:"), ("### Instruction:", "### Response:"),
+    ("Below is an instruction", "### Response:"), ("<|im_start|>", "<|im_start|>assistant"),
+    ("[INST]", "[/INST]"), ("<|system|>", "<|assistant|>"), ("<|user|>", "<|assistant|>"),
+    ("<|prompter|>", "<|assistant|>"), ("<human>:", "<bot>:"), ("Human:", "Assistant:"),
+    ("<start_of_turn>", "<start_of_turn>model"), ("USER:", "ASSISTANT:"), ("User:", "Assistant:"),
+    ("<|start_header_id|>", "<|start_header_id|>assistant"))
 
 
 def messages_of(row: dict, reading: Reading | None = None, counts: Counts | None = None,
@@ -135,17 +194,47 @@ def messages_of(row: dict, reading: Reading | None = None, counts: Counts | None
         raise UserError(f"expected an object, not a {type(row).__name__}")
     reading, counts = reading or Reading(), Counts() if counts is None else counts
     columns, unused = map_columns(row, reading)
-    form, names = find_form(frozenset(columns), frozenset(reading.mapping))
-    refuse_by_name(columns, form)
+    form, names = form_of(columns, reading)
+    refuse_by_name(columns, form, reading)
     if form is None:
         raise UserError(f"unknown form with keys {show(sorted(row))}, not null: "
                         f"{show(sorted(columns))}; see the forms in data/README.md, or say which "
                         "is which: --columns prompt=…,response=…")
-    messages = form.read(names, [columns.pop(name) for name in names], unused)
+    weight = None
+    if len(columns) > len(names):
+        used = {*names, *reading.decided}
+        check_feedback(columns, used, reading)
+        weight = take_weight(columns, "", "assistant", reading, used)
+    messages = form.read(names, [columns.pop(name) for name in names], unused, reading)
     if isinstance(messages, list):
-        messages = with_system(messages, columns)
+        messages = [scaled(turn, weight) for turn in with_system(messages, columns)]
+    elif weight not in (None, 1):
+        said = [key for key in row if is_instruction(key, row[key])]
+        raise UserError(f"`{said[0]}` is {show(row[said[0]])}, but a {{text}} row is trained whole "
+                        f"or not at all; leave it out, or train it: {reading.ignoring(*said)}")
     check_unused(unused | columns, messages, reading, counts)
     return repaired(messages, counts) if reading.repair and form.read != read_text else messages
+
+
+def scaled(turn: dict, weight: float | None) -> dict:
+    """The message with its weight, and those of its parts, multiplied by `weight`; None: 1.
+
+    >>> scaled({"role": "assistant", "content": "A", "weight": 0.5}, 0.5)
+    {'role': 'assistant', 'content': 'A', 'weight': 0.25}
+    """
+    if weight is None or turn["role"] != "assistant":
+        return turn
+    if turn.get("parts"):
+        return turn | {"parts": [scaled(part, weight) for part in turn["parts"]]}
+    return turn | {"weight": weight * turn.get("weight", 1)}
+
+
+def form_of(columns: dict, reading: Reading) -> tuple["Form | None", list[str]]:
+    """`find_form`, but an empty list or an empty chat beside another form is as good as absent."""
+    names = frozenset(name for name, value in columns.items() if value not in ([], {})
+                      and not (name in CHATS and value in ("", "[]")))
+    form, found = find_form(names, frozenset(reading.mapping))
+    return (form, found) if form else find_form(frozenset(columns), frozenset(reading.mapping))
 
 
 def map_columns(row: dict, reading: Reading) -> tuple[dict, dict]:
@@ -178,23 +267,59 @@ def find_form(columns: frozenset, mapped: frozenset) -> tuple[Form | None, list[
     return None, []
 
 
-def refuse_by_name(columns: dict, form: Form | None) -> None:
+def refuse_by_name(columns: dict, form: Form | None, reading: Reading) -> None:
     """UserError for rows that are not chats, saying what to do instead."""
-    if "chosen" in columns and "rejected" in columns:
-        raise UserError("a preference row (`chosen`, `rejected`); to train on the better answer, "
-                        "pass --columns response=chosen, or messages=chosen for whole chats, and "
-                        "--ignore rejected")
+    for worse in PREFERENCES.keys() & columns.keys():
+        if holds_text(columns[worse]):
+            raise UserError(f"a preference row (`{worse}` beside a better answer); to train on the "
+                            f"better one, pass {better_answer(columns, worse, reading)}")
     for name in MEDIA:
         if name in columns and columns[name] not in ("", []):
             raise UserError(f"`{name}` is not text, and the model reads only text; leave out such "
-                            f"rows, or only the column: --ignore {name}")
+                            f"rows, or only the column: {reading.ignoring(name)}")
     tree = sorted(columns.keys() & TREE_NAMES)
     if tree and (form is None or form.read is read_text):
         raise UserError(f"one message of a tree (OASST: {', '.join(tree)}), not a chat; make each "
                         "path of a tree one {messages} row, or --ignore these columns")
 
 
-def read_turns(column: str, turns, unused: dict) -> list[dict]:
+def better_answer(columns: dict, worse: str, reading: Reading) -> str:
+    """The flags that train the better answer of a preference row."""
+    better, ignoring = PREFERENCES[worse], reading.ignoring(worse)
+    if not columns.get(better):
+        return ignoring
+    value, prompts = columns[better], {name: columns[name] for name in (*CHATS, "input")
+                                       if holds_messages(columns.get(name))}
+    for name, turns in prompts.items():
+        if isinstance(turns, list) and role_of(turns[-1]) == "assistant":
+            return f"{reading.ignoring(better, worse)}, which trains on `{name}`"
+    if holds_messages(value) and role_of(value[0]) != "assistant":
+        return f"--columns messages={better} {ignoring}"
+    if prompts:
+        return f"--columns prompt={next(iter(prompts))},response={better} {ignoring}"
+    if columns.keys() <= {better, worse}:
+        return f"--columns text={better} {ignoring} (as plain text)"
+    return f"--columns response={better} {ignoring}"
+
+
+def role_of(turn: dict) -> str | None:
+    """system, user, or assistant; None for any other role. Case and template marks do not count."""
+    role = next((turn[key] for key in ROLE_KEYS if turn.get(key) is not None), None)
+    return ROLES.get(plain_role(role)) if isinstance(role, str) else None
+
+
+def plain_role(role: str) -> str:
+    return role.strip(" :<|>#").lower()
+
+
+def rendered_mark(text: str) -> str | None:
+    """The mark with which a chat of another template begins, if it has both roles."""
+    start = re.match(r"(?:\s|<s>|<bos>|<\|begin_of_text\|>)*", text).end()
+    return next((mark for mark, answer in RENDERED
+                 if text.startswith(mark, start) and answer in text), None)
+
+
+def read_turns(column: str, turns, unused: dict, reading: Reading) -> list[dict]:
     """A list of messages, of strings (user and assistant in turn), or either as a JSON string.
 
     Keys that are not used go to `unused`, with the values of all turns.
@@ -205,6 +330,9 @@ def read_turns(column: str, turns, unused: dict) -> list[dict]:
         except (ValueError, RecursionError) as error:
             raise UserError(f"`{column}` is a string, but not JSON: {show(turns)}") from error
         require_shallow(f"`{column}`", turns)
+    if isinstance(turns, dict) and holds_messages(turns):
+        unused |= {key: value for key, value in turns.items() if key != "messages"}
+        turns = turns["messages"]
     kinds = {type(turn) for turn in turns} if isinstance(turns, list) else {None}
     if len(kinds) > 1 or not kinds <= {dict, str}:
         raise UserError(f"`{column}` must be a list of {{role, content}}, of {{from, value}}, or "
@@ -212,38 +340,78 @@ def read_turns(column: str, turns, unused: dict) -> list[dict]:
     if kinds == {str}:
         return [{"role": ("user", "assistant")[i % 2], "content": turn}
                 for i, turn in enumerate(turns)]
-    return [read_turn(i, turn, unused) for i, turn in enumerate(turns)]
+    return [message for i, turn in enumerate(turns)
+            for message in read_turn(i, turn, unused, reading)]
 
 
-def read_turn(i: int, turn: dict, unused: dict) -> dict:
+def read_turn(i: int, turn: dict, unused: dict, reading: Reading) -> list[dict]:
+    """A message; or a question and its answer in one turn, such as Capybara's."""
     turn = {key: value for key, value in turn.items() if value is not None}
-    role = turn.pop("role" if "role" in turn else "from", None)
-    if not isinstance(role, str) or role not in ROLES:
-        if isinstance(role, str) and role in TOOL_ROLES:
+    given = [(role, turn.pop(key, None)) for role, key in roles_and_keys(i, turn)]
+    messages = [read_content(i, role, content, unused, reading) for role, content in given]
+    if "input" in turn and "input" not in reading.ignore:
+        messages[max(0, len(messages) - 2)]["input"] = turn.pop("input")
+    weight = take_weight(turn, f"message {i}: ", given[-1][0], reading, reading.ignore)
+    add_unused(unused, turn)
+    return [*messages[:-1], scaled(messages[-1], weight)]
+
+
+def roles_and_keys(i: int, turn: dict) -> list[tuple[str, str]]:
+    """(role, key of its content) of the messages of a turn, whose role is taken from it."""
+    role_key = next((key for key in ROLE_KEYS if key in turn), None)
+    if role_key is None:
+        pair = next((pair for pair in EXCHANGES if turn.keys() >= {*pair}), None)
+        if pair is None:
+            raise UserError(f"message {i} has the keys {show(sorted(turn))}; expected {{role, "
+                            "content}, {from, value}, or {input, output}")
+        system = [("system", "system")] if i == 0 and turn.get("system") else []
+        return [*system, *zip(("user", "assistant"), pair)]
+    known, role = role_of(turn), turn.pop(role_key)
+    if known is None:
+        if isinstance(role, str) and plain_role(role) in TOOL_ROLES:
             raise UserError(f"message {i} has role {role!r}: tool and function turns are not "
                             "supported; leave out such rows")
         raise UserError(f"message {i} has role {show(role)}; the known roles are system, user, "
                         "assistant, and their aliases in data/README.md; leave out such rows")
-    content = turn.pop("content" if "content" in turn else "value", None)
-    if isinstance(content, list):
-        content = "".join(read_part(i, part) for part in content)
-    message = {"role": ROLES[role], "content": content}
-    message |= {key: turn.pop(key) for key in ("input", "weight") if key in turn}
-    if not isinstance(message.get("weight", 1), int | float):
-        raise UserError(f"weight {show(message['weight'])} is not a number from 0 to 1")
-    for key, value in turn.items():
-        unused.setdefault(f"message key {key}", []).append(value)
-    return message
+    return [(known, next((key for key in CONTENT_KEYS if key in turn), "content"))]
 
 
-def read_part(i: int, part) -> str:
-    """The text of {"type": "text", "text": …}."""
+def read_content(i: int, role: str, content, unused: dict, reading: Reading) -> dict:
+    """A message of a string or of parts, which are joined.
+
+    If the parts of an answer differ in weight, it also has them, each a message, under "parts".
+    """
+    if isinstance(content, dict) and content.keys() & {"type", "text"}:
+        content = [content]
+    if not isinstance(content, list):
+        return {"role": role, "content": content}
+    parts = [read_part(i, role, part, unused, reading) for part in content]
+    message = {"role": role, "content": "".join(part["content"] for part in parts)}
+    parts = [part for part in parts if part["content"]]
+    weights = {part.get("weight", 1) for part in parts}
+    if len(weights) > 1:
+        return message | {"parts": parts}
+    return scaled(message, weights.pop() if weights - {1} else None)
+
+
+def read_part(i: int, role: str, part, unused: dict, reading: Reading) -> dict:
+    """A string, or {"type": "text", "text": …}, as a message."""
+    if isinstance(part, str):
+        return {"role": role, "content": part}
     given = {k: v for k, v in part.items() if v is not None} if isinstance(part, dict) else {}
-    if given.keys() - {"type", "text"} or not isinstance(given.get("text"), str):
-        kind = given.get("type", part)
+    kind = given.pop("type", "text" if given else part)
+    text = given.pop(next((key for key in ("text", "content", "value") if key in given), ""), None)
+    if str(kind).lower() not in TEXT_TYPES or not isinstance(text, str):
         raise UserError(f"message {i} has a part of type {show(kind)}; the model reads only text "
                         '({"type": "text", "text": …}); leave out such rows')
-    return given["text"]
+    weight = take_weight(given, f"message {i}: ", role, reading, reading.ignore)
+    add_unused(unused, given)
+    return scaled({"role": role, "content": text}, weight)
+
+
+def add_unused(unused: dict, keys: dict) -> None:
+    for key, value in keys.items():
+        unused.setdefault(f"{MESSAGE_KEY}{key}", []).append(value)
 
 
 def with_system(messages: list[dict], columns: dict) -> list[dict]:
@@ -259,21 +427,77 @@ def with_system(messages: list[dict], columns: dict) -> list[dict]:
     return [{"role": "system", "content": columns.pop(name)}, *messages[len(own) :]]
 
 
+class UnusedError(UserError):
+    """Keys that are not used, but whose loss may change what is trained: {key: what it holds}."""
+
+    def __init__(self, lost: dict[str, str], reading: Reading):
+        self.lost = lost
+        keys = [name.removeprefix(MESSAGE_KEY) for name in lost]
+        name, more = next(iter(lost)), f" ({len(lost) - 1} more below)" if len(lost) > 1 else ""
+        use = "" if keys[0] != name else f"say what it is, as --columns input={name} (or prompt, " \
+                                         "response, system), or "
+        use = "map them with --columns, or " if more else use
+        super().__init__(f"`{keys[0]}` {lost[name]}{more}; {use}leave {'them' if more else 'it'} "
+                         f"out with {reading.ignoring(*keys)}")
+
+
 def check_unused(unused: dict, messages: list[dict] | str, reading: Reading,
                  counts: Counts) -> None:
-    """Count what is not used, and refuse a row whose prompt or answer would lose text."""
+    """Count what is not used, and refuse a row that would lose text or an instruction."""
+    texts, lost = [], {}
+    if unused:
+        texts = [messages] if isinstance(messages, str) else [turn["content"] for turn in messages]
     for name, value in unused.items():
         counts["unused", name] += holds_text(value)
-        key = name.removeprefix("message key ")
-        is_text = key.lower() in TEXT_NAMES or (key != name and key.lower() in MEDIA)
-        if not is_text or key in reading.ignore or not holds_text(value):
-            continue
-        if isinstance(messages, list) and value in [turn["content"] for turn in messages]:
-            continue  # UltraChat's `prompt` repeats the first message
-        use = "" if key != name else f"say what it is, as --columns input={key} (or prompt, " \
-                                     "response, system), or "
-        raise UserError(f"`{key}` holds text that would be lost: {show(value)}; {use}leave it out "
-                        f"with --ignore {key}")
+        key = name.removeprefix(MESSAGE_KEY)
+        if key not in reading.ignore and (what := what_is_lost(name, key, value, unused, texts)):
+            lost[name] = what
+    if lost:
+        raise UnusedError(lost, reading)
+
+
+def what_is_lost(name: str, key: str, value, unused: dict, texts: list) -> str | None:
+    """What an unused key holds that may matter to training; None: nothing. texts: those in use."""
+    in_message = key != name  # then `value` lists the values of all messages
+    if in_message and not says_nothing(key, FACTS):
+        for one in value:
+            if is_number(one) or word(one) in ("true", "false"):
+                return f"is {show(one, 40)} in a message, which may say what to train"
+    for one in value if in_message else [value]:
+        if hidden := hidden_instruction(one):
+            return f"holds `{hidden}`, which may say what to train"
+    if not holds_text(value) or value in texts:  # UltraChat's `prompt` repeats the first message
+        return None
+    is_text = key.lower() in TEXT_NAMES or (in_message and key.lower() in MEDIA)
+    is_known = says_nothing(key, TITLES) or (key in MAGPIE and MAGPIE <= unused.keys())
+    if is_text or (not is_known and any(
+            is_long(text) and not repeats(text, texts) for text in strings_in(value))):
+        return f"holds text that would be lost: {show(value)}"
+    return None
+
+
+def strings_in(value) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from strings_in(item)
+
+
+def is_long(text: str) -> bool:
+    """Longer than a label, and no URL."""
+    return (len(text) > 64 or len(text.split()) > 8) and not re.fullmatch(r"\w+://\S+", text)
+
+
+def repeats(text: str, texts: list) -> bool:
+    """Whether a string says nothing new: it lies in a text that is used, or renders them.
+
+    Alpaca's `text` holds the prompt and the answer. One of them suffices unless it is short.
+    """
+    texts = [used for used in texts if isinstance(used, str) and used]
+    held = [used for used in texts if re.search(rf"(?<!\w){re.escape(used)}(?!\w)", text)]
+    return (any(text in used for used in texts) or any(len(used) >= 10 for used in held)
+            or len(held) == len(texts) > 1)
 
 
 def holds_text(value) -> bool:
@@ -289,6 +513,7 @@ def repaired(messages: list[dict], counts: Counts) -> list[dict]:
         last = merged[-1] if merged else {}
         parts = [last.get("content"), last.get("input") or "", turn["content"]]
         if (last.get("role") == turn["role"] and last.get("weight") == turn.get("weight")
+                and not (last.get("parts") or turn.get("parts"))
                 and all(isinstance(part, str) for part in parts)):
             merged[-1] = turn | {"content": "\n\n".join(part for part in parts if part)}
             counts["repaired", "turns merged"] += 1
@@ -301,7 +526,62 @@ def repaired(messages: list[dict], counts: Counts) -> list[dict]:
     if merged[start:] and merged[-1]["role"] == "user":
         merged.pop()
         counts["repaired", "trailing questions dropped"] += 1
+    if messages and not any(turn["role"] == "assistant" for turn in merged):
+        raise UserError("--repair leaves no question with an answer (roles: "
+                        f"{show([turn['role'] for turn in messages])}); leave out such rows")
     return merged
+
+
+# ----- before anything is written -----------------------------------------------------------------
+
+FIRST_ROWS = 1000
+
+
+def examined(rows: Iterable[tuple], reading: Reading, is_strict: bool = True) -> Iterator[tuple]:
+    """The (place, row) as they come; but first one UserError for all keys of the first 1,000 rows
+    that are neither used nor ignored. is_strict: also for names that usually hold text; else
+    only their rows are bad.
+    """
+    rows, first, failure = iter(rows), collections.deque(), None
+    try:
+        for item in itertools.islice(rows, FIRST_ROWS):
+            first.append(item)
+    except UserError as error:  # in a later row than those read so far
+        failure = error
+    refuse_unused(first, reading, is_strict)
+    refuse_binary_labels(first, reading)
+    while first:
+        yield first.popleft()
+    if failure:
+        raise failure
+    yield from rows
+
+
+def refuse_unused(rows: Iterable[tuple], reading: Reading, is_strict: bool) -> None:
+    lost, where = {}, None
+    for place, row in rows:
+        try:
+            messages_of(row, reading)
+        except UnusedError as error:
+            if is_strict or any(name.lower() not in TEXT_NAMES for name in error.lost):
+                lost, where = error.lost | lost, where or place
+        except UserError:
+            pass  # a bad row, which is refused when its turn comes
+    if lost:
+        raise UserError(f"{where}: {UnusedError(lost, reading)}")
+
+
+def refuse_binary_labels(rows: Iterable[tuple], reading: Reading) -> None:
+    """UserError if `label` is 0 and 1, which may be feedback; more numbers are classes."""
+    if "label" in {*reading.ignore, *reading.decided, *reading.mapping.values()}:
+        return
+    places = {str(row["label"]): place for place, row in rows
+              if isinstance(row, dict) and row.get("label") is not None}
+    if places.keys() in ({"0", "1"}, {"-1", "1"}, {"0.0", "1.0"}):
+        bad, good = sorted(places)
+        raise UserError(f"{places[bad]}: `label` is {bad} here and {good} elsewhere; if that marks "
+                        f"bad answers, pass --where label={good}, if it says nothing about "
+                        f"training, {reading.ignoring('label')}")
 
 
 # ----- what is refused in messages ----------------------------------------------------------------
@@ -324,11 +604,16 @@ def check_messages(messages: list[dict]) -> None:
         extra = message.get("input")
         if extra is not None and (role != "user" or not isinstance(extra, str)):
             raise UserError(f"message {i}: `input` must be a string in a user message")
-        weight = 0 if message.get("weight") is None else message["weight"]
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight <= 1:
-            raise UserError(f"weight {weight!r} is not a number from 0 to 1")
-        if weight and role != "assistant":
-            raise UserError(f"message {i}: weight {weight} on a {role} message; only assistant "
-                            "messages can have one")
+        for part in message.get("parts") or [message]:
+            check_weight(i, role, part.get("weight"))
     if has_system and len(messages) == 1:
         raise UserError("there is only a system message; add a user message")
+
+
+def check_weight(i: int, role: str, weight) -> None:
+    weight = 0 if weight is None else weight
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight <= 1:
+        raise UserError(f"weight {weight!r} is not a number from 0 to 1")
+    if weight and role != "assistant":
+        raise UserError(f"message {i}: weight {weight} on a {role} message; only assistant "
+                        "messages can have one")

@@ -20,7 +20,7 @@ from nanosft import files
 from nanosft.cli import end_with
 from nanosft.errors import UserError
 from nanosft.files import ROW_FORMATS, Place
-from nanosft.forms import Counts, Reading, require_shallow, show, split_pair
+from nanosft.forms import Counts, Reading, examined, require_shallow, show, split_pair
 
 # ----- sources of rows ---------------------------------------------------------------------------
 
@@ -277,7 +277,8 @@ def map_rows(work: Callable, sources: Iterable[Source], config, report, rows_per
 
     A row for which `work` raises UserError is counted in the report, or raises (--on_bad_row).
     """
-    chunks = chunked(select_rows(sources, config, report.counts), rows_per_chunk)
+    rows = select_rows(sources, config, report.counts)
+    chunks = chunked(examined(rows, config, config.on_bad_row == "error"), rows_per_chunk)
     for results, errors, counts in ordered_map(map_chunk, chunks, config.workers, work, config):
         report.reject(errors)
         if errors and config.on_bad_row == "error":
