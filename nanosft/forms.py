@@ -19,9 +19,9 @@ from nanosft.instructions import (
     TITLES,
     check_feedback,
     hidden_instruction,
-    is_instruction,
     is_number,
     says_nothing,
+    says_what_to_train,
     show,
     take_weight,
     word,
@@ -63,6 +63,10 @@ class Reading:
         """The flag that leaves out these keys, and those that it leaves out already."""
         return shlex.join(["--ignore", *dict.fromkeys([*self.ignore, *keys])])
 
+    def mapping_to(self, *pairs: str) -> str:
+        """The flag that says which column is what in these NAME=COLUMN, besides what it says."""
+        return shlex.join(["--columns", ",".join(filter(None, [self.columns, *pairs]))])
+
 
 def split_pair(flag: str, item: str) -> tuple[str, str]:
     name, equals, value = item.partition("=")
@@ -90,16 +94,11 @@ def read_chat(names: list[str], values: list, unused: dict, reading: Reading) ->
 
 
 def read_pair(names: list[str], values: list, unused: dict, reading: Reading) -> list[dict]:
-    """A prompt, a response, and perhaps an input; or messages that end with a user's (TRL) and
-    the answer: messages, too, or one message, or a string.
-    """
+    """A prompt, a response, and perhaps an input; or messages in place of strings (TRL's form)."""
     prompt, response, *extra = values
-    if not any(extra) and isinstance(prompt, list | dict) and holds_messages(prompt):
-        answer = {"role": "assistant", "content": response}
-        response = [answer] if isinstance(response, str) else response
-        response = [response] if isinstance(response, dict) else response
-        prompt, response = (read_turns(name, turns, unused, reading)
-                            for name, turns in zip(names, (prompt, response)))
+    if not any(extra) and (holds_messages(prompt) or holds_messages(response)):
+        prompt, response = (read_turns(name, as_messages(value, role, unused), unused, reading) for
+                            name, value, role in zip(names, values, ("user", "assistant")))
         kept = [{"weight": 0} | turn if turn["role"] == "assistant" else turn for turn in prompt]
         return kept + response  # an answer in the prompt is context
     for name, value in zip(names, values):
@@ -110,10 +109,17 @@ def read_pair(names: list[str], values: list, unused: dict, reading: Reading) ->
 
 
 def holds_messages(value) -> bool:
-    """A list of messages, or OpenAI's {"messages": …}."""
-    if isinstance(value, dict):
-        return isinstance(value.get("messages"), list)
-    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
+    """A list of messages, one message, or OpenAI's {"messages": …}."""
+    return isinstance(value[0] if isinstance(value, list) and value else value, dict)
+
+
+def as_messages(value, role: str, unused: dict):
+    """A list of messages of what may also be one, or a string."""
+    if isinstance(value, dict) and isinstance(value.get("messages"), list):
+        unused |= {key: value[key] for key in value.keys() - {"messages"}}
+        return value["messages"]
+    value = {"role": role, "content": value} if isinstance(value, str) else value
+    return [value] if isinstance(value, dict) else value
 
 
 def read_text(names: list[str], values: list, unused: dict, reading: Reading) -> str:
@@ -150,8 +156,8 @@ CHATS = ("messages", "conversations", "conversation")
 ROLE_KEYS = ("role", "from", "speaker", "author", "sender")
 CONTENT_KEYS = ("content", "value", "text", "parts")
 EXCHANGES = (  # a turn without a role: a question and its answer (Capybara, XTuner, ms-swift)
-    ("input", "output"), ("human", "assistant"), ("human", "gpt"), ("user", "assistant"),
-    ("question", "answer"), ("prompt", "response"), ("instruction", "output"))
+    ("instruction", "output"), ("input", "output"), ("human", "assistant"), ("human", "gpt"),
+    ("user", "assistant"), ("question", "answer"), ("prompt", "response"))
 TEXT_TYPES = ("text", "input_text", "output_text")  # of parts
 ROLES = {"developer": "system", "human": "user", "prompter": "user", "input": "user"}
 ROLES |= dict.fromkeys(("gpt", "model", "bot", "output", "chatgpt", "ai", "chatbot", "bard",
@@ -205,14 +211,17 @@ def messages_of(row: dict, reading: Reading | None = None, counts: Counts | None
         used = {*names, *reading.decided}
         check_feedback(columns, used, reading)
         weight = take_weight(columns, "", "assistant", reading, used)
-    messages = form.read(names, [columns.pop(name) for name in names], unused, reading)
+    values = [columns.pop(name) for name in names]
+    messages, free = form.read(names, values, unused, reading), None  # free: what --columns may add
     if isinstance(messages, list):
         messages = [scaled(turn, weight) for turn in with_system(messages, columns)]
+        free = "system" if messages and messages[0]["role"] != "system" else None
+        free = "input" if len(names) == 2 and isinstance(values[0], str) else free
     elif weight not in (None, 1):
-        said = [key for key in row if is_instruction(key, row[key])]
+        said = [key for key in row if says_what_to_train(key, row[key])]
         raise UserError(f"`{said[0]}` is {show(row[said[0]])}, but a {{text}} row is trained whole "
                         f"or not at all; leave it out, or train it: {reading.ignoring(*said)}")
-    check_unused(unused | columns, messages, reading, counts)
+    check_unused(unused | columns, messages, free, reading, counts)
     return repaired(messages, counts) if reading.repair and form.read != read_text else messages
 
 
@@ -288,23 +297,23 @@ def better_answer(columns: dict, worse: str, reading: Reading) -> str:
     better, ignoring = PREFERENCES[worse], reading.ignoring(worse)
     if not columns.get(better):
         return ignoring
-    value, prompts = columns[better], {name: columns[name] for name in (*CHATS, "input")
-                                       if holds_messages(columns.get(name))}
-    for name, turns in prompts.items():
-        if isinstance(turns, list) and role_of(turns[-1]) == "assistant":
-            return f"{reading.ignoring(better, worse)}, which trains on `{name}`"
-    if holds_messages(value) and role_of(value[0]) != "assistant":
-        return f"--columns messages={better} {ignoring}"
+    prompts = [name for name in (*CHATS, "input") if holds_messages(columns.get(name))]
+    if prompts and role_of(as_messages(columns[prompts[0]], "", {})[-1]) == "assistant":
+        return f"{reading.ignoring(better, worse)}, which trains on `{prompts[0]}`"
+    if role_of(as_messages(columns[better], "assistant", {})[0]) != "assistant":
+        return f"{reading.mapping_to(f'messages={better}')} {ignoring}"
     if prompts:
-        return f"--columns prompt={next(iter(prompts))},response={better} {ignoring}"
+        pairs = f"prompt={prompts[0]}", f"response={better}"
+        return f"{reading.mapping_to(*pairs)} {ignoring}"
     if columns.keys() <= {better, worse}:
-        return f"--columns text={better} {ignoring} (as plain text)"
-    return f"--columns response={better} {ignoring}"
+        return f"{reading.mapping_to(f'text={better}')} {ignoring} (as plain text)"
+    return f"{reading.mapping_to(f'response={better}')} {ignoring}"
 
 
 def role_of(turn: dict) -> str | None:
     """system, user, or assistant; None for any other role. Case and template marks do not count."""
-    role = next((turn[key] for key in ROLE_KEYS if turn.get(key) is not None), None)
+    keys = ROLE_KEYS if isinstance(turn, dict) else ()
+    role = next((turn[key] for key in keys if turn.get(key) is not None), None)
     return ROLES.get(plain_role(role)) if isinstance(role, str) else None
 
 
@@ -330,9 +339,6 @@ def read_turns(column: str, turns, unused: dict, reading: Reading) -> list[dict]
         except (ValueError, RecursionError) as error:
             raise UserError(f"`{column}` is a string, but not JSON: {show(turns)}") from error
         require_shallow(f"`{column}`", turns)
-    if isinstance(turns, dict) and holds_messages(turns):
-        unused |= {key: value for key, value in turns.items() if key != "messages"}
-        turns = turns["messages"]
     kinds = {type(turn) for turn in turns} if isinstance(turns, list) else {None}
     if len(kinds) > 1 or not kinds <= {dict, str}:
         raise UserError(f"`{column}` must be a list of {{role, content}}, of {{from, value}}, or "
@@ -428,22 +434,28 @@ def with_system(messages: list[dict], columns: dict) -> list[dict]:
 
 
 class UnusedError(UserError):
-    """Keys that are not used, but whose loss may change what is trained: {key: what it holds}."""
+    """lost: {key that is not used: what it holds, which may matter to training}."""
 
-    def __init__(self, lost: dict[str, str], reading: Reading):
-        self.lost = lost
+    def __init__(self, lost: dict[str, str], use: str, reading: Reading):
+        self.lost, self.use = lost, use
         keys = [name.removeprefix(MESSAGE_KEY) for name in lost]
-        name, more = next(iter(lost)), f" ({len(lost) - 1} more below)" if len(lost) > 1 else ""
-        use = "" if keys[0] != name else f"say what it is, as --columns input={name} (or prompt, " \
-                                         "response, system), or "
-        use = "map them with --columns, or " if more else use
-        super().__init__(f"`{keys[0]}` {lost[name]}{more}; {use}leave {'them' if more else 'it'} "
-                         f"out with {reading.ignoring(*keys)}")
+        ends = itertools.accumulate(len(key) + 1 for key in keys)
+        fitting = [key for key, end in zip(keys, ends) if end <= 150] or keys[:1]
+        what = f"`{keys[0]}` {lost[next(iter(lost))]}; {use}leave it out"
+        if len(keys) > 1:
+            some = "" if len(fitting) == len(keys) else f", {len(fitting)} of them first,"
+            others = f"{len(keys) - 1} other{'s' * (len(keys) > 2)}"
+            what = (f"`{keys[0]}` and {others} are not used, but hold text or "
+                    f"flags; map them with --columns, or leave them out{some}")
+        super().__init__(f"{what} with {reading.ignoring(*fitting)}")
 
 
-def check_unused(unused: dict, messages: list[dict] | str, reading: Reading,
+def check_unused(unused: dict, messages: list[dict] | str, free: str | None, reading: Reading,
                  counts: Counts) -> None:
-    """Count what is not used, and refuse a row that would lose text or an instruction."""
+    """Count what is not used, and refuse a row that would lose text or an instruction.
+
+    free: the name under which --columns can still add a column's text to the prompt.
+    """
     texts, lost = [], {}
     if unused:
         texts = [messages] if isinstance(messages, str) else [turn["content"] for turn in messages]
@@ -453,7 +465,10 @@ def check_unused(unused: dict, messages: list[dict] | str, reading: Reading,
         if key not in reading.ignore and (what := what_is_lost(name, key, value, unused, texts)):
             lost[name] = what
     if lost:
-        raise UnusedError(lost, reading)
+        name = next(iter(lost))
+        is_string = free and isinstance(unused[name], str)
+        use = f"say what it is, as {reading.mapping_to(f'{free}={name}')}, or " if is_string else ""
+        raise UnusedError(lost, use, reading)
 
 
 def what_is_lost(name: str, key: str, value, unused: dict, texts: list) -> str | None:
@@ -558,17 +573,19 @@ def examined(rows: Iterable[tuple], reading: Reading, is_strict: bool = True) ->
 
 
 def refuse_unused(rows: Iterable[tuple], reading: Reading, is_strict: bool) -> None:
-    lost, where = {}, None
+    lost, use, where = {}, "", None
     for place, row in rows:
         try:
             messages_of(row, reading)
         except UnusedError as error:
             if is_strict or any(name.lower() not in TEXT_NAMES for name in error.lost):
-                lost, where = error.lost | lost, where or place
+                use = use or error.use
+                lost |= {name: what for name, what in error.lost.items() if name not in lost}
+                where = where or place
         except UserError:
             pass  # a bad row, which is refused when its turn comes
     if lost:
-        raise UserError(f"{where}: {UnusedError(lost, reading)}")
+        raise UserError(f"{where}: {UnusedError(lost, use, reading)}")
 
 
 def refuse_binary_labels(rows: Iterable[tuple], reading: Reading) -> None:

@@ -1,7 +1,7 @@
 """What a dataset says about training a row, a turn, or a part of one: a weight, or refused by name.
 
-data/README.md says which trainer uses which key. Keys are compared in snake case: lossWeight is
-loss_weight.
+data/README.md says which trainer uses which key. Keys are read word by word: `lossWeight` is the
+words loss and weight.
 """
 
 import functools
@@ -19,26 +19,20 @@ def names(text: str) -> frozenset[str]:
 
 # ----- keys that say what is trained -------------------------------------------------------------
 
-TRAINED = names(  # true: in the loss; false: context only
-    "train trainable is_trainable training train_on train_on_turn do_train should_train loss "
-    "compute_loss calculate_loss use_loss with_loss has_loss output_with_loss in_loss "
-    "include_in_loss loss_mask learn supervised supervise")
-UNTRAINED = names(  # true: context only; false says nothing
-    "masked is_masked loss_masked mask_loss no_loss ignore_loss skip_loss ignore ignored skip "
-    "skipped skip_training skip_train no_train no_training not_train dont_train do_not_train "
-    "untrained exclude excluded exclude_from_loss exclude_from_training context_only frozen")
-WEIGHTS = names(  # from 0 to 1
-    "weight loss_weight loss_scale sample_weight example_weight row_weight train_weight "
-    "training_weight turn_weight message_weight")
-KNOWN = TRAINED | UNTRAINED | WEIGHTS | {"mask"}  # `mask` may mean either, so it is refused
-OTHERS = re.compile(  # token masks, character spans, and names that nobody has told us of
-    "(?:^|_)(?:train|trained|trainable|training|loss|masks?|masked|weights?|spans?|supervised)"
-    "(?:_(?!(?:ids?|idx|index|hash|url|date|time|timestamp)$)|$)")
+TRAIN = names("train trained trainable training loss learn supervised supervise")
+ALONE = names("ignore ignored skip skipped exclude excluded masked frozen untrained")
+NOT = names("no not dont never without") | ALONE  # with a word of TRAIN: no_loss
+FILLERS = names("is do does should use used has with in on from for to this the turn message "
+                "compute calculate include included output")
+SPECIAL = {"loss_mask": "trained",  # verl: 1 is trained
+           "mask_loss": "untrained", "context_only": "untrained", "loss_scale": "weight"}
+OTHERS = TRAIN | names("mask masks weights span spans")  # token masks, character spans, …
+LABELS = names("id ids idx index hash url date time timestamp attention")  # train_id is an id
 NOT_ANSWERS = names("system user human prompter prompt input instruction")  # NeMo: "mask": "User"
 
 BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, 1: True,
             "false": False, "no": False, "off": False, "0": False, 0: False}
-WORDS = BOOLEANS | dict.fromkeys(("mask", "masked", "ignore", "skip", "context", "never"), False)
+SKIPS = BOOLEANS | dict.fromkeys(("mask", "masked", "ignore", "skip", "context", "never"), False)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -51,6 +45,24 @@ def plain(key: str) -> str:
     return re.sub(r"[\W_]+", "_", re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", key)).strip("_").lower()
 
 
+@functools.lru_cache(maxsize=4096)
+def kind_of(key: str) -> str | None:
+    """How a key speaks of training: true is `trained` or `untrained`; `weight`; `other`.
+
+    >>> [kind_of(key) for key in ("train_on_turn", "no_loss", "loss_weight", "token_mask", "id")]
+    ['trained', 'untrained', 'weight', 'other', None]
+    """
+    name = plain(key)
+    words = set(name.split("_")) - FILLERS
+    if name in SPECIAL or name.split("_")[-1] == "weight":
+        return SPECIAL.get(name, "weight")
+    if len(words & NOT) == 1 and words - NOT <= TRAIN and (words & TRAIN or words <= ALONE):
+        return "untrained"
+    if words and words <= TRAIN:
+        return "trained"
+    return "other" if words & OTHERS and not words & LABELS else None
+
+
 def word(value):
     """A value as a key of the tables above; lists and objects are none."""
     if isinstance(value, str):
@@ -58,36 +70,35 @@ def word(value):
     return value if isinstance(value, int | float) else None
 
 
-def is_instruction(key: str, value) -> bool:
-    """Whether this may say what is trained; an empty value says nothing."""
-    name = plain(key)
-    if name in KNOWN:
-        return value not in ("", [], {}) and not (name == "mask" and word(value) in NOT_ANSWERS)
-    return OTHERS.search(name) is not None and (is_number(value) or word(value) in WORDS)
-
-
 def is_number(value) -> bool:
-    """A boolean, a number, or a list that holds one, however deep."""
+    """A boolean, a number, or a list that holds one."""
     if isinstance(value, list | tuple):
         return any(is_number(v) for item in value
                    for v in (item.values() if isinstance(item, dict) else [item]))
     return isinstance(value, int | float)
 
 
+def says_what_to_train(key: str, value) -> bool:
+    kind = kind_of(key)
+    if kind is None or value in ("", [], {}):
+        return False
+    if plain(key) == "mask":
+        return word(value) not in NOT_ANSWERS
+    return kind != "other" or is_number(value) or word(value) in SKIPS
+
+
 def weight_of(key: str, value) -> float | None:
     """The weight that a key gives; None: it says nothing. UserError if no weight can say it."""
-    name, given = plain(key), word(value)
-    if name in WEIGHTS:
+    kind = kind_of(key)
+    if kind == "weight":
         if not isinstance(value, int | float) or not 0 <= value <= 1:
             raise UserError(f"{key} {show(value)} is not a number from 0 to 1")
         return float(value)
-    flag = (WORDS if name in TRAINED else BOOLEANS).get(given)
-    if name in TRAINED and flag is not None:
-        return float(flag)
-    if name in UNTRAINED and flag is not None:
-        return 0.0 if flag else None
-    raise UserError(f"`{key}` is {show(value)}, which may say what to train but cannot be read as "
-                    "the weight of an answer (`weight`, 0 to 1, can)")
+    flag = (SKIPS if kind == "trained" else BOOLEANS).get(word(value))
+    if kind == "other" or flag is None:
+        raise UserError(f"`{key}` is {show(value)}, which may say what to train but cannot be read "
+                        "as the weight of an answer (`weight`, 0 to 1, can)")
+    return float(flag) if kind == "trained" else 0.0 if flag else None
 
 
 def take_weight(keys: dict, where: str, role: str, reading, used: Iterable = ()) -> float | None:
@@ -95,23 +106,22 @@ def take_weight(keys: dict, where: str, role: str, reading, used: Iterable = ())
 
     They are taken from `keys`, but for `used` ones. reading: the flags, a forms.Reading.
     """
-    found = {key: keys[key] for key in keys if key not in used and is_instruction(key, keys[key])}
-    weights = {}
-    for key in found:
+    weights, shown = {}, {}
+    for key in [key for key in keys if key not in used and says_what_to_train(key, keys[key])]:
+        shown[key] = f"{key} {show(keys[key])}"
         try:
             weights[key] = weight_of(key, keys.pop(key))
         except UserError as error:
             raise UserError(f"{where}{error}; leave it out: {reading.ignoring(key)}") from error
     weights = {key: weight for key, weight in weights.items() if weight is not None}
-    numbers = {weight for key, weight in weights.items() if plain(key) in WEIGHTS}
+    numbers = {weight for key, weight in weights.items() if kind_of(key) == "weight"}
     if len(numbers) > 1 or (0 in weights.values() and any(weights.values())):
-        both = " and ".join(f"`{key}` {show(found[key])}" for key in weights)
-        raise UserError(f"{where}{both} contradict each other; leave out all but one, as with "
-                        f"{reading.ignoring(*[*weights][1:])}")
+        raise UserError(f"{where}{' and '.join(map(shown.get, weights))} contradict each other; "
+                        f"leave out all but one, as with {reading.ignoring(*[*weights][1:])}")
     for key, weight in weights.items():
         if weight and role != "assistant":
-            raise UserError(f"{where}{key} {show(found[key])} on a {role} message; only assistant "
-                            "messages are trained; leave the key out there, or everywhere: "
+            raise UserError(f"{where}{shown[key]} on a {role} message; only assistant messages are "
+                            "trained; leave the key out there, or everywhere: "
                             f"{reading.ignoring(key)}")
     return min(weights.values(), default=None)
 
@@ -119,13 +129,12 @@ def take_weight(keys: dict, where: str, role: str, reading, used: Iterable = ())
 def hidden_instruction(value) -> str | None:
     """The key of an object, such as `metadata`, that says not to train, or not fully."""
     for key, inner in value.items() if isinstance(value, dict) else ():
-        if plain(key) in KNOWN and is_instruction(key, inner):
-            try:
-                said = weight_of(key, inner)
-            except UserError:
+        try:
+            if kind_of(key) != "other" and says_what_to_train(key, inner) and (
+                    weight_of(key, inner) not in (None, 1)):
                 return key
-            if said not in (None, 1):
-                return key
+        except UserError:
+            return key
     return None
 
 
@@ -137,30 +146,28 @@ def show(value, limit: int = 80) -> str:
 
 # ----- feedback on a row -------------------------------------------------------------------------
 
-GOOD = names(  # columns in which true is good
-    "label kto_tag kto_label is_correct correct correctness accepted is_accepted acceptable thumbs "
-    "thumbs_up thumb_up feedback human_feedback user_feedback human_label desirable is_desirable "
-    "chosen is_chosen preferred is_preferred good is_good good_answer passed is_passed pass "
-    "verified is_verified valid is_valid approved is_approved success is_success successful "
-    "helpful is_helpful liked like upvoted ok is_ok resolved verdict judgment judgement")
+GOOD = names(  # columns in which true is good, also with is_ before the name
+    "label kto_tag correct correctness accepted acceptable thumbs thumbs_up thumb_up feedback "
+    "human_feedback user_feedback human_label desirable chosen preferred good good_answer passed "
+    "pass verified valid approved success successful helpful liked like upvoted ok resolved "
+    "verdict judgment judgement keep kept use usable include included selected enabled active")
 BAD = names(  # columns in which true is bad
-    "bad is_bad rejected is_rejected thumbs_down thumb_down disliked dislike downvoted undesirable "
-    "is_undesirable incorrect is_incorrect wrong is_wrong failed is_failed unhelpful invalid "
-    "is_invalid hallucination hallucinated is_hallucination deleted is_deleted")
+    "bad rejected thumbs_down thumb_down disliked dislike downvoted undesirable incorrect wrong "
+    "failed unhelpful invalid hallucination hallucinated deleted discard discarded drop dropped "
+    "removed filtered spam")
 SCORES = names("label correctness helpful")  # in which a number is a class or a score
 OPPOSITES = {  # of what says bad
     "false": "true", "no": "yes", "bad": "good", "rejected": "chosen", "reject": "accept",
     "undesirable": "desirable", "incorrect": "correct", "wrong": "right", "failed": "passed",
     "fail": "pass", "thumbs_down": "thumbs_up", "thumbs down": "thumbs up", "down": "up",
     "👎": "👍", "dislike": "like", "disliked": "liked", "invalid": "valid", "poor": "good",
-    "unhelpful": "helpful", "unacceptable": "acceptable", "negative": "positive", "0": "1",
-    "-1": "1"}
+    "unhelpful": "helpful", "negative": "positive", "0": "1", "-1": "1"}
 
 
 def check_feedback(columns: dict, used: Iterable, reading) -> None:
     """UserError for a row that a column marks as a bad answer, with the flags that decide."""
     for key in columns.keys() - set(used):
-        good = opposite_of_bad(plain(key), columns[key])
+        good = opposite_of_bad(plain(key).removeprefix("is_"), columns[key])
         if good is not None:
             raise UserError(f"`{key}` is {show(columns[key])}, which marks a bad answer; keep only "
                             f"the good ones: --where {shlex.quote(f'{key}={good}')}, or train on "
@@ -179,28 +186,26 @@ def opposite_of_bad(name: str, value) -> str | None:
         return {"true": "false", "yes": "no", "1": "0"}.get(str(value).lower())
     if name not in GOOD or (name in SCORES and str(value).lower() in ("0", "-1", "negative")):
         return None
-    if isinstance(value, int | float) and value in (0, -1):
-        return json.dumps(type(value)(1))
-    good = OPPOSITES.get(word(value)) if isinstance(value, str) else None
+    if isinstance(value, int | float):
+        return json.dumps(type(value)(1)) if value in (0, -1) and name not in SCORES else None
+    good = OPPOSITES.get(word(value))
     return good.title() if good and value.istitle() else good
 
 
 # ----- what says nothing about training, and is no text for the model ----------------------------
 
-FACTS = names(  # keys of messages with these last words may hold booleans and numbers
-    "id ids uid uuid guid identifier hash md5 sha sha1 sha256 digest fingerprint url urls uri link "
-    "index idx indices position number num turn turns round step depth level line page offset "
-    "timestamp time date datetime year created updated modified at ms seconds "
-    "duration latency count counts counter length len size tokens chars words temperature top_p "
-    "top_k seed score scores rating ratings rank votes upvotes downvotes likes views stars reward "
-    "rewards logprob logprobs prob probability confidence perplexity ppl similarity distance cost "
-    "price lang language languages country state city ip toxic toxicity redacted moderation "
-    "flagged nsfw pii model usage version")
-TITLES = names(  # columns with these last words may hold long strings
+TITLES = names(  # keys with these last words may hold long strings
     "id ids uid uuid hash md5 sha256 digest fingerprint url urls uri link links model models "
-    "generator engine seed title path file filename filepath license citation author authors date "
+    "generator engine seed title path file filename license citation author authors date "
     "timestamp ip header headers user_agent avatar meta metadata config configs tags keywords "
     "original_question quality_explanation intent")  # the last three: MetaMathQA, Magpie
+FACTS = TITLES | names(  # keys of messages with these last words may hold booleans and numbers
+    "identifier index idx indices position number turn turns round step depth level line page "
+    "offset time datetime year created updated modified at ms seconds duration latency count "
+    "counts counter length len size tokens chars words temperature top_p top_k score scores rating "
+    "ratings rank votes upvotes downvotes likes views stars reward rewards logprob logprobs prob "
+    "probability confidence perplexity ppl similarity distance cost price lang language languages "
+    "country state city toxic toxicity redacted moderation flagged nsfw pii usage version")
 MAGPIE = names("intent knowledge difficulty")  # its `knowledge` names what a prompt asks for
 
 

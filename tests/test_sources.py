@@ -2,6 +2,7 @@
 
 import doctest
 import json
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -136,6 +137,21 @@ EXAMPLES = [row for rows in FORM_EXAMPLES.values() for row in rows]
     {"conversation": '["Q", "A"]'},
     {"prompt": "Q", "response": "A", "id": 7, "source": "web", "extra": None},
     {"prompt": "Q", "messages": [QUESTION, ANSWER]},  # UltraChat's `prompt` says nothing new
+    {"messages": [], "prompt": "Q", "response": "A", "system": []},
+    {"conversations": "[]", "instruction": "Q", "input": [], "output": "A"},
+    {"conversation": "", "messages": {}, "question": "Q", "answer": "A"},
+    {"messages": [QUESTION | {"role": "User"}, ANSWER | {"role": "ASSISTANT"}]},
+    {"messages": [QUESTION | {"role": "Human:"}, ANSWER | {"role": "<|assistant|>"}]},
+    {"conversations": [{"from": "Human", "value": "Q"}, {"from": "GPT", "value": "A"}]},
+    {"conversation": [{"speaker": "user", "text": "Q"}, {"speaker": "AI", "text": "A"}]},
+    {"conversation": [{"input": "Q", "output": "A"}]},  # Capybara
+    {"conversation": [{"system": "", "input": "Q", "output": "A"}]},  # XTuner
+    {"conversation": [{"human": "Q", "assistant": "A"}]},  # ms-swift
+    {"messages": [{"role": "user", "parts": [{"text": "Q"}]},  # Gemini
+                  {"role": "model", "parts": [{"text": "A"}]}]},
+    {"prompt": [QUESTION], "completion": "A"},
+    {"prompt": "Q", "completion": [ANSWER]},
+    {"prompt": [QUESTION], "completion": ANSWER},
 ], ids=str)
 def test_every_known_form_is_the_same_conversation(row, bytes_encoding):
     """<|user|> Q <|end|> <|assistant|> A <|end|> <|endoftext|>, of which A <|end|> is trained."""
@@ -170,6 +186,56 @@ def test_system_column_beside_any_form_is_the_first_message(row, name):
     assert messages_of({"messages": [QUESTION | {"role": "developer"}]})[0]["role"] == "system"
 
 
+def test_turns_of_question_and_answer_may_have_a_system_text_and_an_input():
+    turns = [{"system": "S", "input": "Q", "output": "A"},
+             {"instruction": "Q", "input": "x", "output": "A", "output_with_loss": False}]
+    assert messages_of({"conversation": turns}) == [
+        {"role": "system", "content": "S"}, QUESTION, ANSWER,
+        QUESTION | {"input": "x"}, ANSWER | {"weight": 0}]
+
+
+@pytest.mark.parametrize("content", [
+    ["A"], {"type": "text", "text": "A"}, [{"text": "A"}], [{"type": "Text", "text": "A"}],
+    [{"type": "output_text", "text": "A", "annotations": []}], [{"type": "text", "content": "A"}],
+    [{"type": "text", "text": "A", "cache_control": {"type": "ephemeral"}, "index": None}],
+    ["", {"type": "input_text", "text": "A"}]], ids=str)
+def test_part_that_is_text_is_read_in_any_form(content):
+    assert messages_of({"messages": [QUESTION, ANSWER | {"content": content}]}) == [
+        QUESTION, ANSWER]
+
+
+@pytest.mark.parametrize("part", [
+    {"type": kind, "text": "secret"} for kind in ("reasoning", "thinking", "refusal", "tool_use")
+] + [{"type": "thinking", "thinking": "secret"}, {"type": ["text"], "text": "x"}, {"type": "text"},
+     {"type": "text", "text": ["x"]}, 7, None], ids=str)
+def test_part_of_another_type_is_refused_although_it_has_a_text(part):
+    kind = part["type"] if isinstance(part, dict) else part
+    with pytest.raises(UserError, match=re.escape(f"message 1 has a part of type {kind!r}; the")):
+        messages_of({"messages": [QUESTION, ANSWER | {"content": [part, "A"]}]})
+
+
+def test_text_beside_that_of_a_part_is_not_lost():
+    part = {"type": "text", "text": "A", "thinking": "So"}
+    with pytest.raises(UserError, match="`thinking` holds text that would be lost"):
+        messages_of({"messages": [QUESTION, ANSWER | {"content": [part]}]})
+
+
+@pytest.mark.parametrize("start, end", [
+    ("### Human:", "### Assistant:"), ("<|im_start|>user\n", "<|im_start|>assistant\n"),
+    ("<s>[INST]", "[/INST]"), ("\n\nHuman:", "\n\nAssistant:"), ("USER:", "ASSISTANT:"),
+    ("Below is an instruction that", "### Response:"), ("<|user|>", "<|assistant|>"),
+    ("<|begin_of_text|><|start_header_id|>user", "<|start_header_id|>assistant")])
+def test_chat_in_another_template_is_text_only_if_the_user_says_so(start, end):
+    """With one of the two marks, or later in the text, it is text like any other."""
+    text = f"{start} Q {end} A"
+    with pytest.raises(UserError, match="a chat in another template") as error:
+        messages_of({"text": text})
+    columns = str(error.value).rpartition("--columns ")[2]
+    assert messages_of({"text": text}, Reading(columns=columns)) == text
+    for text in (f"{start} Q", f"A {end}", f"See {start} and {end}"):
+        assert messages_of({"text": text}) == text
+
+
 def test_answers_in_the_prompt_of_a_prompt_completion_row_are_context():
     row = {"prompt": [QUESTION, ANSWER, QUESTION], "completion": [ANSWER]}
     assert messages_of(row) == [QUESTION, ANSWER | {"weight": 0}, QUESTION, ANSWER]
@@ -202,6 +268,7 @@ QA = {"question": "Q", "answer": "A"}
 
 @pytest.mark.parametrize("row, what, advice", [
     ({"prompt": "Q", "chosen": "A", "rejected": "B"}, "a preference row", "response=chosen"),
+    ({"messages": [{"foo": "Q", "bar": 1}]}, "message 0 has the keys ['bar', 'foo']", "{role, "),
     ({"text": "Q", "role": "prompter", "lang": "en"}, "OASST: role", "make each path of a tree"),
     ({"text": "Q", "message_id": "1", "parent_id": None}, "OASST: message_id", "--ignore"),
     ({"message_tree_id": "1", "prompt": {"text": "Q"}}, "OASST: message_tree_id", "make each path"),
@@ -284,10 +351,58 @@ def test_columns_that_cannot_be_used_are_named(columns, row, message):
     assert message in str(error.value)
 
 
-def test_better_answer_of_a_preference_row_can_be_trained():
-    reading = Reading(columns="response=chosen", ignore=("rejected",))
-    row = {"prompt": "Q", "chosen": "A", "rejected": "B"}
+WORSE = {"role": "assistant", "content": "B"}
+HUMAN, GPT = {"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}
+
+
+@pytest.mark.parametrize("row", [
+    {"prompt": "Q", "chosen": "A", "rejected": "B"},
+    {"question": "Q", "chosen": "A", "rejected": "B"},
+    {"instruction": "Q", "input": "", "chosen": "A", "rejected": "B"},  # LLaMA-Factory, Alpaca
+    {"prompt": [QUESTION], "chosen": [ANSWER], "rejected": [WORSE]},  # TRL
+    {"prompt": "Q", "chosen": [ANSWER], "rejected": [WORSE]},
+    {"chosen": [QUESTION, ANSWER], "rejected": [QUESTION, WORSE]},  # TRL, implicit prompt
+    {"prompt": "Q", "chosen": [QUESTION, ANSWER], "rejected": [QUESTION, WORSE]},
+    {"prompt": "Q", "chosen": [QUESTION, ANSWER], "rejected": [QUESTION, WORSE],
+     "messages": [QUESTION, ANSWER], "score_chosen": 8.0},  # UltraFeedback
+    {"conversations": [HUMAN], "chosen": GPT, "rejected": {"from": "gpt", "value": "B"}},
+    {"conversations": [HUMAN], "chosen": "A", "rejected": "B"},
+    {"messages": [QUESTION, ANSWER], "rejected_response": "B"},  # ms-swift
+    {"query": "Q", "response": "A", "rejected_response": "B"},
+    {"input": {"messages": [QUESTION], "tools": [], "parallel_tool_calls": True},  # OpenAI
+     "preferred_output": [ANSWER], "non_preferred_output": [WORSE]},
+], ids=str)
+def test_advice_for_a_preference_row_trains_its_better_answer(row):
+    with pytest.raises(UserError, match="a preference row") as error:
+        messages_of(row)
+    assert len(str(error.value)) <= 300
+    columns = re.search(r"--columns (\S+)", str(error.value))
+    ignore = re.search(r"--ignore ([^,]+)", str(error.value))[1].split()
+    reading = Reading(columns=columns[1] if columns else "", ignore=tuple(ignore))
     assert messages_of(row, reading) == [QUESTION, ANSWER]
+
+
+def test_preference_row_without_a_prompt_can_be_trained_as_text():
+    row = {"chosen": "\n\nHuman: Q\n\nAssistant: A", "rejected": "\n\nHuman: Q\n\nAssistant: B"}
+    with pytest.raises(UserError, match=r"pass --columns text=chosen --ignore rejected \(as plain"):
+        messages_of(row)
+    reading = Reading(columns="text=chosen", ignore=("rejected",))
+    assert messages_of(row, reading) == row["chosen"]
+
+
+def test_tools_beside_openai_messages_are_not_lost():
+    prompt = {"messages": [QUESTION], "tools": [{"name": "f"}]}
+    row = {"input": prompt, "preferred_output": [ANSWER]}
+    with pytest.raises(UserError, match="`tools` holds text that would be lost"):
+        messages_of(row, Reading(columns="prompt=input,response=preferred_output"))
+
+
+def test_advice_repeats_the_flags_that_were_given():
+    row = {"q": "Q", "a": "A", "cot": "So", "tip": "no"}
+    with pytest.raises(UserError) as error:
+        messages_of(row, Reading(columns="prompt=q,response=a", ignore=("tip",)))
+    assert "--columns prompt=q,response=a,input=cot, or" in str(error.value)
+    assert str(error.value).endswith("--ignore tip cot")
 
 
 def test_repair_merges_neighbors_of_one_role_and_drops_unanswered_ends():
@@ -308,6 +423,12 @@ def test_repair_merges_neighbors_of_one_role_and_drops_unanswered_ends():
     for untouched in ([QUESTION, ANSWER | {"weight": 0}, ANSWER],  # not one answer of one weight
                       [{"role": "user", "content": {"a": 1}}, QUESTION, ANSWER]):  # not text
         assert messages_of({"messages": untouched}, Reading(repair=True)) == untouched
+
+
+def test_repair_that_leaves_no_answer_says_so():
+    for row in ([ANSWER, QUESTION], [QUESTION, QUESTION], [ANSWER]):
+        with pytest.raises(UserError, match="--repair leaves no question with an answer"):
+            messages_of({"messages": row}, Reading(repair=True))
 
 
 def test_rows_are_rejected_for_few_reasons_however_their_values_differ():
