@@ -112,32 +112,29 @@ def prompt_parts(messages: list[dict], template: str) -> list[Part]:
     require_choice("template", template, TEMPLATES)
     if template == "alpaca":
         return [Part(alpaca_prompt(messages))]
+    if template == "raw":
+        return [part for message in messages for part in text_parts(message)]
     parts = []
     for message in messages:
         text = text_parts(message)
-        end = Part("<|end|>", text[-1].weight, is_special=True)
-        parts += [Part(f"<|{message['role']}|>", is_special=True), *text, end]
-    parts.append(Part("<|assistant|>", is_special=True))
-    return parts if template == "chat" else [part for part in parts if not part.is_special]
+        parts += [Part(f"<|{message['role']}|>", is_special=True), *text,
+                  Part("<|end|>", text[-1].weight, is_special=True)]
+    return [*parts, Part("<|assistant|>", is_special=True)]
 
 
 def answer_parts(message: dict, template: str) -> list[Part]:
     """The last answer and its end token, of the same weight: the model must learn to stop."""
     text = text_parts(message)
-    weight = text[-1].weight
+    end = Part("<|end|>", text[-1].weight, is_special=True)
     if template == "chat":
-        return [*text, Part("<|end|>", weight, is_special=True), Part(END_OF_TEXT, is_special=True)]
-    return [*text, Part(END_OF_TEXT, weight, is_special=True)]
+        return [*text, end, Part(END_OF_TEXT, is_special=True)]
+    return [*text, end._replace(text=END_OF_TEXT)]
 
 
 def text_parts(message: dict) -> list[Part]:
-    """The text; in pieces if parts of an answer have weights of their own."""
-    return [Part(content_of(part), weight_of(part)) for part in message.get("parts") or [message]]
-
-
-def content_of(message: dict) -> str:
-    """The content and, after a blank line, a user message's Alpaca `input`, if any."""
-    return "\n\n".join(filter(None, (message["content"], message.get("input"))))
+    """The content and an `input`, if any; in pieces if parts of it have weights of their own."""
+    return [Part("\n\n".join(filter(None, (part["content"], part.get("input")))), weight_of(part))
+            for part in message.get("parts") or [message]]
 
 
 def alpaca_prompt(messages: list[dict]) -> str:

@@ -178,15 +178,12 @@ PREFERENCES = {  # the worse answer: the better one
     "rejected": "chosen", "rejected_response": "chosen_response",
     "rejected_messages": "chosen_messages", "rejected_output": "chosen_output",
     "non_preferred_output": "preferred_output"}
-# How a chat begins in other templates, and what marks its answers.
-RENDERED = (
-    ("### Human:", "### Assistant:"), ("### User:", "### Assistant:"),
-    ("### System:", "### Assistant:"), ("### Instruction:", "### Response:"),
-    ("Below is an instruction", "### Response:"), ("<|im_start|>", "<|im_start|>assistant"),
-    ("[INST]", "[/INST]"), ("<|system|>", "<|assistant|>"), ("<|user|>", "<|assistant|>"),
-    ("<|prompter|>", "<|assistant|>"), ("<human>:", "<bot>:"), ("Human:", "Assistant:"),
-    ("<start_of_turn>", "<start_of_turn>model"), ("USER:", "ASSISTANT:"), ("User:", "Assistant:"),
-    ("<|start_header_id|>", "<|start_header_id|>assistant"))
+RENDERED = {  # what marks the answers of a chat in another template: how it may begin
+    "### Assistant:": ("### Human:", "### User:", "### System:"), "Assistant:": ("Human:", "User:"),
+    "### Response:": ("### Instruction:", "Below is an instruction"), "ASSISTANT:": ("USER:",),
+    "<|assistant|>": ("<|system|>", "<|user|>", "<|prompter|>"), "<bot>:": ("<human>:",),
+    "<|im_start|>assistant": ("<|im_start|>",), "<start_of_turn>model": ("<start_of_turn>",),
+    "<|start_header_id|>assistant": ("<|start_header_id|>",), "[/INST]": ("[INST]",)}
 
 
 def messages_of(row: dict, reading: Reading | None = None, counts: Counts | None = None,
@@ -300,14 +297,12 @@ def better_answer(columns: dict, worse: str, reading: Reading) -> str:
     prompts = [name for name in (*CHATS, "input") if holds_messages(columns.get(name))]
     if prompts and role_of(as_messages(columns[prompts[0]], "", {})[-1]) == "assistant":
         return f"{reading.ignoring(better, worse)}, which trains on `{prompts[0]}`"
+    pairs = [*(f"prompt={name}" for name in prompts[:1]), f"response={better}"]
     if role_of(as_messages(columns[better], "assistant", {})[0]) != "assistant":
-        return f"{reading.mapping_to(f'messages={better}')} {ignoring}"
-    if prompts:
-        pairs = f"prompt={prompts[0]}", f"response={better}"
-        return f"{reading.mapping_to(*pairs)} {ignoring}"
-    if columns.keys() <= {better, worse}:
-        return f"{reading.mapping_to(f'text={better}')} {ignoring} (as plain text)"
-    return f"{reading.mapping_to(f'response={better}')} {ignoring}"
+        pairs = [f"messages={better}"]
+    elif columns.keys() <= {better, worse}:
+        pairs = [f"text={better}"]  # as plain text
+    return f"{reading.mapping_to(*pairs)} {ignoring}"
 
 
 def role_of(turn: dict) -> str | None:
@@ -324,7 +319,7 @@ def plain_role(role: str) -> str:
 def rendered_mark(text: str) -> str | None:
     """The mark with which a chat of another template begins, if it has both roles."""
     start = re.match(r"(?:\s|<s>|<bos>|<\|begin_of_text\|>)*", text).end()
-    return next((mark for mark, answer in RENDERED
+    return next((mark for answer, marks in RENDERED.items() for mark in marks
                  if text.startswith(mark, start) and answer in text), None)
 
 

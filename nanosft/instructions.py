@@ -129,11 +129,8 @@ def take_weight(keys: dict, where: str, role: str, reading, used: Iterable = ())
 def hidden_instruction(value) -> str | None:
     """The key of an object, such as `metadata`, that says not to train, or not fully."""
     for key, inner in value.items() if isinstance(value, dict) else ():
-        try:
-            if kind_of(key) != "other" and says_what_to_train(key, inner) and (
-                    weight_of(key, inner) not in (None, 1)):
-                return key
-        except UserError:
+        fully = word(inner) in ((False, 0) if kind_of(key) == "untrained" else (True, 1))
+        if kind_of(key) != "other" and says_what_to_train(key, inner) and not fully:
             return key
     return None
 
@@ -156,12 +153,10 @@ BAD = names(  # columns in which true is bad
     "failed unhelpful invalid hallucination hallucinated deleted discard discarded drop dropped "
     "removed filtered spam")
 SCORES = names("label correctness helpful")  # in which a number is a class or a score
-OPPOSITES = {  # of what says bad
-    "false": "true", "no": "yes", "bad": "good", "rejected": "chosen", "reject": "accept",
-    "undesirable": "desirable", "incorrect": "correct", "wrong": "right", "failed": "passed",
-    "fail": "pass", "thumbs_down": "thumbs_up", "thumbs down": "thumbs up", "down": "up",
-    "👎": "👍", "dislike": "like", "disliked": "liked", "invalid": "valid", "poor": "good",
-    "unhelpful": "helpful", "negative": "positive", "0": "1", "-1": "1"}
+OPPOSITES = dict(pair.split("/") for pair in names(  # what says bad / good
+    "false/true no/yes bad/good rejected/chosen reject/accept undesirable/desirable poor/good "
+    "incorrect/correct wrong/right failed/passed fail/pass thumbs_down/thumbs_up down/up 👎/👍 "
+    "dislike/like disliked/liked invalid/valid unhelpful/helpful negative/positive 0/1 -1/1"))
 
 
 def check_feedback(columns: dict, used: Iterable, reading) -> None:

@@ -384,7 +384,7 @@ def test_advice_for_a_preference_row_trains_its_better_answer(row):
 
 def test_preference_row_without_a_prompt_can_be_trained_as_text():
     row = {"chosen": "\n\nHuman: Q\n\nAssistant: A", "rejected": "\n\nHuman: Q\n\nAssistant: B"}
-    with pytest.raises(UserError, match=r"pass --columns text=chosen --ignore rejected \(as plain"):
+    with pytest.raises(UserError, match=r"pass --columns text=chosen --ignore rejected$"):
         messages_of(row)
     reading = Reading(columns="text=chosen", ignore=("rejected",))
     assert messages_of(row, reading) == row["chosen"]
