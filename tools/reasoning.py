@@ -85,7 +85,8 @@ def prepare_flags(root: Path, variant: Variant) -> list[str]:
 
 
 def columns(style: str) -> list[str]:
-    return ["--columns", f"response={style}", "--ignore", STYLES[style]]
+    # also `correct`, which marks the wrong answers: to train on them is what is measured
+    return ["--columns", f"response={style}", "--ignore", STYLES[style], "correct"]
 
 
 def shards_of(root: Path, variant: Variant) -> str:
