@@ -39,7 +39,7 @@ class Reading:
     columns: str = ""
     """which column is what, as prompt=q,response=a,system=s,input=c; default: by their names"""
     ignore: tuple[str, ...] = ()
-    """columns, and keys of messages, whose text is left out"""
+    """columns, and keys of messages, to leave out, whatever they hold or say"""
     where: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """keep only the rows with this value, as correct=true; may be repeated"""
     repair: bool = False

@@ -26,7 +26,8 @@ FILLERS = names("is do does should use used has with in on from for to this the 
                 "compute calculate include included output")
 SPECIAL = {"loss_mask": "trained",  # verl: 1 is trained
            "mask_loss": "untrained", "context_only": "untrained", "loss_scale": "weight"}
-OTHERS = TRAIN | names("mask masks weights span spans")  # token masks, character spans, …
+OTHERS = TRAIN | names(  # token masks, character spans, …
+    "mask masks weights weighting weighted span spans unlearn supervision grad gradient")
 LABELS = names("id ids idx index hash url date time timestamp attention")  # train_id is an id
 NOT_ANSWERS = names("system user human prompter prompt input instruction")  # NeMo: "mask": "User"
 
