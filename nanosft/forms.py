@@ -548,8 +548,8 @@ FIRST_ROWS = 1000
 
 
 def examined(rows: Iterable[tuple], reading: Reading, is_strict: bool = True) -> Iterator[tuple]:
-    """The (place, row) as they come; but first one UserError for all keys of the first 1,000 rows
-    that are neither used nor ignored. is_strict: also for names that usually hold text; else
+    """The (…, place, row) as they come; but first one UserError for all keys of the first 1,000
+    rows that are neither used nor ignored. is_strict: also for names that usually hold text; else
     only their rows are bad.
     """
     rows, first, failure = iter(rows), collections.deque(), None
@@ -569,7 +569,7 @@ def examined(rows: Iterable[tuple], reading: Reading, is_strict: bool = True) ->
 
 def refuse_unused(rows: Iterable[tuple], reading: Reading, is_strict: bool) -> None:
     lost, use, where = {}, "", None
-    for place, row in rows:
+    for *_, place, row in rows:
         try:
             messages_of(row, reading)
         except UnusedError as error:
@@ -587,7 +587,7 @@ def refuse_binary_labels(rows: Iterable[tuple], reading: Reading) -> None:
     """UserError if `label` is 0 and 1, which may be feedback; more numbers are classes."""
     if "label" in {*reading.ignore, *reading.decided, *reading.mapping.values()}:
         return
-    places = {str(row["label"]): place for place, row in rows
+    places = {str(row["label"]): place for *_, place, row in rows
               if isinstance(row, dict) and row.get("label") is not None}
     if places.keys() in ({"0", "1"}, {"-1", "1"}, {"0.0", "1.0"}):
         bad, good = sorted(places)
