@@ -189,11 +189,6 @@ class SFTDataset(Dataset):
         begin = int(self.starts[number])
         return self.shards[begin + start : begin + stop]
 
-    def has_answers(self) -> bool:
-        """Is any token of an answer supervised? Not, if all of them have weight 0."""
-        pieces = (self.piece(number, 1, int(n)) for number, n in zip(self.numbers, self.lengths))
-        return any(weights_in_effect(stored, "response").any() for _, stored in pieces)
-
     def tokens(self, i: int) -> np.ndarray:
         """Row i before shifting and padding, int64 (4, n), n at most T + 1.
 
@@ -242,11 +237,6 @@ class SFTDataset(Dataset):
                 stop = first + int(is_answer[first:].argmin())  # <|endoftext|> at the latest
                 pairs.append((ids[:first].tolist(), ids[first:stop].tolist()))
         return pairs
-
-    def fill(self) -> float:
-        """The fraction of non-padding positions: a row of n ids fills n - 1 of its T."""
-        filled = int((self.plan.stops - self.plan.begins - 1).sum())
-        return filled / (len(self) * self.block_size)
 
     def describe(self) -> str:
         """What the trainer prints before it starts."""

@@ -184,10 +184,9 @@ def eval_batches(val: Dataset, config: Config, ranks: Ranks) -> Iterator[MicroBa
     row of each of n equal parts: in `bucket` the first rows are the shortest."""
     n = min(len(val), max(1, config.eval_tokens // config.block_size))
     mine = [(2 * i + 1) * len(val) // (2 * n) for i in range(ranks.rank, n, ranks.world_size)]
-    B = max(1, min(config.batch_size, len(mine)))
-    mine += [len(val)] * (-len(mine) % B)  # all padding: compiled code is for one shape
-    for start in range(0, len(mine), B):
-        yield make_batch(val, mine[start : start + B], ranks)
+    mine += [len(val)] * (-len(mine) % config.batch_size)  # padding: the same shape in all batches
+    for start in range(0, len(mine), config.batch_size):
+        yield make_batch(val, mine[start : start + config.batch_size], ranks)
 
 
 # ----- the optimizer step ------------------------------------------------------------------------
@@ -373,14 +372,8 @@ def train(config: Config, open_rows: Callable, forward: Callable, judge: Callabl
         optimizer.load_state_dict(state["optimizer"])
     model = wrap(gpt, ranks)
 
-    # --- 3. print the plan ---
-    n_params = sum(p.numel() for p in gpt.parameters())
-    ranks.print(f"model  {n_params:,} parameters from {config.init}, {gpt.config}")
-    ranks.print(f"memory {memory}")
-    ranks.print(f"data   {config.data}: {rows.describe()}")
-    ranks.print(f"plan   {n_steps} steps of {config.rows_per_step} rows of {config.block_size} "
-                f"tokens; {steps_per_epoch(rows, config)} steps per epoch; {ranks.world_size} "
-                f"rank(s) on {ranks.device.type} in {ranks.dtype}")
+    # --- 3. the plan, and how the model is judged ---
+    run.print_plan(gpt, rows, memory, steps_per_epoch(rows, config))
     if run.done >= n_steps:
         ranks.print(f"{config.out} is finished: step {run.done} of {n_steps}")
         return ranks.finish()
@@ -394,8 +387,6 @@ def train(config: Config, open_rows: Callable, forward: Callable, judge: Callabl
     # --- 4. train ---
     ranks.print(f"start  {run.format(assess())}")
     ranks.stop.listen(config.max_minutes)
-    # these select the tokenizer files to save; chat.py reads them back from config.json
-    rendering = {key: rows.meta[key] for key in ("encoding", "template") if key in rows.meta}
     counted = ((batches, count_step(batches, ranks))
                for batches in load_steps(rows, config, ranks, run.done))
     steps = fast.Prefetcher(counted, n_steps - run.done)
@@ -409,7 +400,6 @@ def train(config: Config, open_rows: Callable, forward: Callable, judge: Callabl
         stops = ranks.stop.agree(metrics.pop("stop_requests"))  # on all ranks at the same step
         metrics["dt"] = time.perf_counter() - clock
         metrics["tokens_per_s"] = metrics["tokens"] / metrics["dt"]
-        metrics |= ranks.mfu(gpt.config, config.block_size, metrics["tokens_per_s"])
         evaluates = is_due(step, config.eval_every, n_steps)
         saves = stops or is_due(step, config.save_every, n_steps)
         # ends the run at a loss that is not finite, or before unusable weights are saved or judged
@@ -421,7 +411,7 @@ def train(config: Config, open_rows: Callable, forward: Callable, judge: Callabl
         run.write(metrics)
         if saves and ranks.is_main:
             save_checkpoint(config.out, step, gpt, optimizer, run.identity, config.keep,
-                            run.card(metrics), **rendering)
+                            run.card(metrics), **run.rendering)
         if stops:
             break
     run.finish(stopped=step < n_steps)

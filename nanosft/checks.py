@@ -156,7 +156,8 @@ def require_row(block_size: int) -> None:
 def require_targets(rows, split: str):
     """The rows of an SFTDataset. UserError if none of their tokens is in the loss: the loss of no
     targets is 0, whatever the model says."""
-    if rows.has_answers():
+    has_answers = rows.meta["splits"][split].get("trained_tokens", 1) > 0
+    if has_answers and any((rows[i]["labels"] >= 0).any() for i in range(len(rows))):
         return rows
     raise UserError(f"--data {rows.shards.folder}: no token of the {len(rows.numbers)} examples of "
                     f"{split} in use is in the loss, because all their answers have weight 0; use "

@@ -106,14 +106,6 @@ class Ranks:
         return {name: value.pin_memory() if isinstance(value, Tensor) else value
                 for name, value in fields.items()}
 
-    def mfu(self, sizes, T: int, tokens_per_s: float) -> dict[str, float]:
-        """Model FLOPs utilization, as PaLM counts it, in bfloat16 on a known card: also for the
-        work that SFT skips. sizes: a GPTConfig."""
-        peak = peak_flops(self.device)
-        if peak is None or self.dtype != "bfloat16":
-            return {}
-        return {"mfu": flops(sizes, 1, 1, T) * tokens_per_s / (peak * self.world_size)}
-
     def autocast(self) -> contextlib.AbstractContextManager:
         """Matrix products in bfloat16, if that is the dtype; weights and sums stay float32."""
         return torch.autocast(self.device.type, torch.bfloat16, self.dtype == "bfloat16")

@@ -79,7 +79,7 @@ class Report:
                 print(f"rows of --block_size {rows.block_size}:")
                 print("  layout       rows    fill  examples/row  truncated  dropped")
             if rows:
-                print(f"  {layout:7} {len(rows):>9,}  {rows.fill():6.1%}  "
+                print(f"  {layout:7} {len(rows):>9,}  {fill_of(rows):6.1%}  "
                       f"{len(rows.lengths) / len(rows):12.2f}  {rows.n_truncated:>9,}  "
                       f"{rows.n_dropped:>7,}")
             else:  # the shards are fine: another block size may work
@@ -126,9 +126,16 @@ def in_each_layout(openers: dict[str, Callable], **flags) -> Iterator[tuple]:
             yield layout, None
 
 
+def fill_of(rows) -> float:
+    """The fraction of non-padding positions of an SFTDataset: a row of n ids fills n - 1 of its T.
+    """
+    filled = int((rows.plan.stops - rows.plan.begins - 1).sum())
+    return filled / (len(rows) * rows.block_size)
+
+
 def describe_rows(rows) -> str:
     """The sentence about an SFTDataset that the trainer prints before it starts."""
     return (f"{len(rows.lengths):,} examples ({rows.n_truncated} truncated, {rows.n_dropped} "
             f"dropped), {rows.lengths.sum():,} tokens of {rows.meta['encoding']}; "
-            f"{len(rows):,} rows, layout {rows.layout}, {rows.fill():.1%} full, "
+            f"{len(rows):,} rows, layout {rows.layout}, {fill_of(rows):.1%} full, "
             f"{'' if rows.isolate else 'not '}isolated")

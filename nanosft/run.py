@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from nanosft import checks, fast
 from nanosft.errors import UserError, explain_write_errors, flush, write_json, written_atomically
-from nanosft.ranks import Dtype
+from nanosft.ranks import Dtype, flops, peak_flops
 from nanosft.shards import new_folder, verify, write_sums
 from nanosft.weights import checkpoints, newest_checkpoint
 
@@ -85,6 +85,30 @@ class Run:
             self.ranks.print(f"resume: {change}")
         self.done = state["step"]
 
+    @property
+    def rendering(self) -> dict[str, str]:
+        """What selects the tokenizer files to save; chat.py reads it back from config.json."""
+        return {key: self.meta[key] for key in ("encoding", "template") if key in self.meta}
+
+    def print_plan(self, gpt, rows, memory: str, steps_per_epoch: int) -> None:
+        config, ranks, self.sizes = self.config, self.ranks, gpt.config
+        n_params = sum(p.numel() for p in gpt.parameters())
+        ranks.print(f"model  {n_params:,} parameters from {config.init}, {gpt.config}\n"
+                    f"memory {memory}\n"
+                    f"data   {config.data}: {rows.describe()}\n"
+                    f"plan   {self.n_steps} steps of {config.rows_per_step} rows of "
+                    f"{config.block_size} tokens; {steps_per_epoch} steps per epoch; "
+                    f"{ranks.world_size} rank(s) on {ranks.device.type} in {ranks.dtype}")
+
+    def mfu(self, tokens_per_s: float) -> dict[str, float]:
+        """Model FLOPs utilization, as PaLM counts it, in bfloat16 on a known card: also for the
+        work that SFT skips."""
+        peak = peak_flops(self.ranks.device)
+        if peak is None or self.ranks.dtype != "bfloat16":
+            return {}
+        needed = flops(self.sizes, 1, 1, self.config.block_size) * tokens_per_s
+        return {"mfu": needed / (peak * self.ranks.world_size)}
+
     def open(self) -> None:
         """Lock the folder, write run.json, and open metrics.jsonl.
 
@@ -114,7 +138,7 @@ class Run:
         """Add a step to metrics.jsonl, its answers, if any, to answers.jsonl; print some steps."""
         if not self.ranks.is_main:
             return
-        row, step = dict(metrics), metrics["step"]
+        row, step = metrics | self.mfu(metrics["tokens_per_s"]), metrics["step"]
         with explain_write_errors(self.out, "free some space and use --resume"):
             if self.log is None:
                 self.open()

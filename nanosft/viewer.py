@@ -20,7 +20,7 @@ import torch
 from annotated_types import Ge
 
 from nanosft.errors import UserError, written_atomically
-from nanosft.report import in_each_layout
+from nanosft.report import fill_of, in_each_layout
 
 PAGE = Path(__file__).parent / "mask.html"
 WIDEST = 20  # terminal columns of one token; a longer one shifts the rest of its line
@@ -241,7 +241,7 @@ def page_layouts(view: View, n: int, openers: dict[str, Callable]) -> dict:
         alone = view._replace(rows=part)
         rows = chosen if layout == view.rows.layout else map(alone.columns, range(len(part)))
         shown[layout] = {
-            "rows_total": len(whole), "fill": whole.fill(),
+            "rows_total": len(whole), "fill": fill_of(whole),
             "examples_per_row": len(whole.lengths) / len(whole),
             "rows": [{"tokens": page_tokens(view, columns)} for columns in rows]}
     return shown

@@ -25,6 +25,7 @@ import sft_data
 import train_sft
 from nanosft.errors import UserError
 from nanosft.forms import messages_of
+from nanosft.report import fill_of
 from packing import LAYOUTS
 from sft_data import (
     SFTDataset,
@@ -496,7 +497,7 @@ def test_filler_is_all_padding(sft_shards):
 def test_fill_counts_the_positions_that_are_read(sft_shards, layout, fill):
     """Examples of 5 and 3 ids: a row of n ids reads n - 1 of its T = 4 positions."""
     dataset = SFTDataset(sft_shards([{"text": "abcd"}, {"text": "ef"}]), "train", 4, layout)
-    assert dataset.fill() == fill
+    assert fill_of(dataset) == fill
     segments = torch.stack([row["segments"] for row in all_rows(dataset)])
     assert (segments >= 0).float().mean() == fill
 

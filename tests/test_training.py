@@ -43,6 +43,7 @@ from model import GPTConfig
 from nanosft import fast
 from nanosft.errors import UserError
 from nanosft.ranks import choose_dtype
+from nanosft.run import Run
 from sft_data import SFTDataset
 from train_gpt2 import (
     MicroBatch,
@@ -630,9 +631,11 @@ def test_nccl_is_told_its_device_and_gloo_is_not(monkeypatch):
 def test_mfu_is_shown_for_a_known_card(card, dtype, share, tmp_path, monkeypatch):
     """GPT-2 124M at T = 1024 needs 855 MFLOP a token: 6 * (85 M + 39 M) and 113 M for attention."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: card)
-    found = Ranks(0, 2, torch.device("cuda"), dtype).mfu(GPTConfig(), 1024, 2e6)
+    run = SimpleNamespace(ranks=Ranks(0, 2, torch.device("cuda"), dtype), sizes=GPTConfig(),
+                          config=SimpleNamespace(block_size=1024))
+    found = Run.mfu(run, 2e6)
     assert found == ({} if share is None else {"mfu": pytest.approx(share, rel=1e-3)})
-    monkeypatch.setattr(Ranks, "mfu", lambda *args: found)
+    monkeypatch.setattr(Run, "mfu", lambda *args: found)
     data = text_folder(tmp_path / "data", train=range(100))
     printed = pretrain(data, tmp_path / "out", max_steps=1)
     assert ("  mfu " in printed) == (share is not None)

@@ -13,6 +13,7 @@ import torch
 
 from model import GPT, IGNORE_INDEX, GPTConfig
 from nanosft.errors import UserError
+from nanosft.report import fill_of
 from nanosft.viewer import PAGE, quoted, token_text
 from packing import LAYOUTS
 from sft_data import Config, SFTDataset, show
@@ -239,7 +240,7 @@ def test_other_layouts_show_the_same_examples_and_count_the_whole_split(many, pa
     for name, layout in layouts.items():
         dataset = SFTDataset(many, "train", 40, name, seed=None)
         assert examples(layout) == examples(layouts["fit"])
-        assert layout["rows_total"] == len(dataset) and layout["fill"] == dataset.fill()
+        assert layout["rows_total"] == len(dataset) and layout["fill"] == fill_of(dataset)
         assert layout["examples_per_row"] == 26 / len(dataset)
 
 
