@@ -1,6 +1,7 @@
 """Rows out of files and folders: formats, compression, encodings, damage, and what is not data."""
 
 import bz2
+import functools
 import gzip
 import json
 from pathlib import Path
@@ -15,6 +16,7 @@ from nanosft.errors import UserError
 from nanosft.files import decode_file, read_txt
 from nanosft.sources import read_rows
 
+zipped = functools.partial(gzip.compress, mtime=0)  # the same in every process: ids of tests
 ROWS = [{"prompt": "Q", "response": "A"}, {"prompt": "é 你", "response": "b\nc"}]
 LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
@@ -65,11 +67,11 @@ def prepare(command, tmp_path):
 
 
 @pytest.mark.parametrize("name, content", [
-    ("a.jsonl.gz", gzip.compress(LINES.encode())),
-    ("a.JSONL.GZ", gzip.compress(LINES[:20].encode()) + gzip.compress(LINES[20:].encode())),
+    ("a.jsonl.gz", zipped(LINES.encode())),
+    ("a.JSONL.GZ", zipped(LINES[:20].encode()) + zipped(LINES[20:].encode())),
     ("a.jsonl.zst", pyarrow.compress(LINES.encode(), codec="zstd", asbytes=True)),
     ("a.jsonl.bz2", bz2.compress(LINES.encode())),
-    ("a.json.gz", gzip.compress(json.dumps(ROWS).encode())),
+    ("a.json.gz", zipped(json.dumps(ROWS).encode())),
     ("a.json", LINES),  # one object per line under the wrong name
     ("a.ndjson", LINES),
     ("a.jsonl", LINES.encode("utf-8-sig")),
@@ -78,7 +80,7 @@ def prepare(command, tmp_path):
     ("a.json", json.dumps(ROWS, ensure_ascii=False).encode("utf-16")),
     ("a.csv", 'prompt,response\nQ,A\né 你,"b\nc"\n'),
     ("a.csv", 'prompt,response\r\nQ,A\r\n\r\né 你,"b\nc"\r\n'.encode("utf-8-sig")),
-    ("a.csv.gz", gzip.compress('prompt,response\nQ,A\né 你,"b\nc"'.encode())),
+    ("a.csv.gz", zipped('prompt,response\nQ,A\né 你,"b\nc"'.encode())),
     ("a.tsv", 'prompt\tresponse\nQ\tA\né 你\t"b\nc"\n'.encode("utf-16")),  # of a spreadsheet
 ])
 def test_same_rows_in_every_format(tmp_path, name, content):
@@ -163,12 +165,12 @@ MANY = "".join(json.dumps({"prompt": f"Q {i * i}", "response": "A"}) + "\n" for 
 
 
 @pytest.mark.parametrize("name, content, message", [
-    ("a.jsonl.gz", gzip.compress(MANY.encode())[:-9], "(Truncated compressed stream)"),
+    ("a.jsonl.gz", zipped(MANY.encode())[:-9], "(Truncated compressed stream)"),
     ("a.jsonl.zst", pyarrow.compress(MANY.encode(), codec="zstd", asbytes=True)[:-1],
      "(Truncated compressed stream)"),
     ("a.jsonl.gz", MANY, "(zlib inflate failed"),
-    ("a.json.gz", gzip.compress(b"[]")[:-4], "(Truncated compressed stream)"),
-    ("a.csv.gz", gzip.compress(b"prompt,response\nQ,A\n")[:-4], "(Truncated compressed stream)"),
+    ("a.json.gz", zipped(b"[]")[:-4], "(Truncated compressed stream)"),
+    ("a.csv.gz", zipped(b"prompt,response\nQ,A\n")[:-4], "(Truncated compressed stream)"),
     ("a.csv", 'prompt,response\nQ,A\nQ,"A\nQ,A\n', "after line 2, or not a .csv file (unexpected"),
     ("a.csv", 'prompt,response\nQ,A\nQ,"A" b\n', "after line 2, or not a .csv file (',' expected"),
     ("a.csv", "prompt,prompt\nQ,A\n", "two columns have the same name"),
@@ -206,7 +208,7 @@ def test_no_flipped_or_missing_byte_ends_in_a_traceback(tmp_path, name):
     if name.endswith((".parquet", ".arrow")):
         write_table(path)
     else:
-        write(path, {"a.jsonl.gz": gzip.compress(LINES.encode()),
+        write(path, {"a.jsonl.gz": zipped(LINES.encode()),
                      "a.csv": 'a,b\n1,"x\ny"\n2,z\n'}[name])
     whole = path.read_bytes()
     step = max(1, len(whole) // 150)
@@ -251,7 +253,7 @@ def test_folder_of_several_formats_is_refused_and_its_advice_works(tmp_path, nam
     for name in names:
         path = folder / name
         write_table(path) if path.suffix == ".parquet" else write(path, {
-            ".csv": "prompt\nQ\n", ".gz": gzip.compress(LINES.encode())}.get(path.suffix, LINES))
+            ".csv": "prompt\nQ\n", ".gz": zipped(LINES.encode())}.get(path.suffix, LINES))
     message = refusal(folder)
     assert message.startswith(f"{folder}: files of several formats ({formats})")
     _, pattern, _ = message.split("'")
