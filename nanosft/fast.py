@@ -142,11 +142,13 @@ def try_nll_sum(gpt) -> list:
     weight, n_vocab = gpt.lm_head.weight, gpt.config.n_vocab
     gpt.lm_head.weight = nn.Parameter(weight[:, :8].detach().float())
     try:
-        x = 5 * random((2, 9, gpt.lm_head.weight.size(1)), weight, 0)
         ids = torch.arange(8)
         targets = torch.stack([n_vocab - 1 - ids, ids * n_vocab // 8]).clamp(min=0)
+        if gpt.is_compiled and weight.is_cuda:  # for so few, a compiler would make other code
+            targets = targets.repeat(1, 32)
         targets = F.pad(targets, (0, 1), value=IGNORE_INDEX)  # (2, 9)
-        weights = torch.linspace(0.1, 1, 18).view(2, 9)
+        weights = torch.linspace(0.1, 1, targets.numel()).view_as(targets)
+        x = 5 * random((*targets.shape, gpt.lm_head.weight.size(1)), weight, 0)
         loss = gpt.nll_sum(x.requires_grad_(), targets, weights)
         grads = torch.autograd.grad(loss, [x, *gpt.parameters()], allow_unused=True)
         with torch.no_grad(), gpt.count_hits() as hits:
@@ -249,7 +251,7 @@ class Graphed:
     def append(self, tokens: Tensor) -> Tensor:
         self.tokens[self.slots] = tokens
         if self.replay is None:
-            self.x, self.replay = record(self.step)
+            self.x, self.replay = record(self.step, tokens.device)
         self.replay()
         self.lengths[self.slots] += 1
         return self.x[self.slots]
@@ -279,28 +281,32 @@ def rows_that_fit(gpt, positions: int, most: int = 256) -> int:
     return int(min(most, max(1, 0.9 * free // (values * weight.itemsize))))
 
 
-def record(step: Callable) -> tuple[Tensor, Callable]:
+def record(step: Callable, device: torch.device) -> tuple[Tensor, Callable]:
     """(the result of step(), a function that computes it again, in place)."""
     try:
-        return capture(step)
-    except RuntimeError as error:  # a changed network may wait for the device, say
+        return capture(step, device)
+    except (RuntimeError, ValueError) as error:  # a changed network may wait for the device, say
         say_once(one_line(f"generation: its steps run without a CUDA graph ({error})"))
     x = step().clone()
     return x, lambda: x.copy_(step())
 
 
-def capture(step: Callable) -> tuple[Tensor, Callable]:
+def capture(step: Callable, device: torch.device) -> tuple[Tensor, Callable]:
     """`record`, as a CUDA graph. step() depends only on tensors that stay where they are."""
-    side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    side.wait_stream(torch.cuda.current_stream())
-    # cache_enabled: weights that autocast has cached may be freed before the graph
-    with torch.autocast("cuda", enabled=torch.is_autocast_enabled("cuda"), cache_enabled=False):
-        with torch.cuda.stream(side):
-            step()  # loads kernels, which cannot be recorded
-        torch.cuda.current_stream().wait_stream(side)
-        # thread_local: other threads, such as NCCL's, may go on calling CUDA
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            x = step()
+    with torch.cuda.device(device):
+        current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+        side.wait_stream(current)
+        graph = torch.cuda.CUDAGraph()
+        # cache_enabled: weights that autocast has cached may be freed before the graph
+        with torch.autocast("cuda", enabled=torch.is_autocast_enabled("cuda"), cache_enabled=False):
+            with torch.cuda.stream(side):
+                step()  # loads kernels, which cannot be recorded
+            current.wait_stream(side)
+            try:  # thread_local: other threads, such as NCCL's, may go on calling CUDA
+                with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
+                    x = step()
+            finally:
+                torch.cuda.set_stream(current)  # which PyTorch leaves out if recording fails
     return x, graph.replay
 
 
@@ -509,10 +515,12 @@ def compiled(function):
     return torch.compile(function)
 
 
-def loss_compiled(*args):
-    for tensor in args[:3]:
+def loss_compiled(logits, *args):
+    if len(logits) < 2:  # sizes 0 and 1 would be graphs of their own
+        return loss_in_place(logits, *args)
+    for tensor in (logits, *args[:2]):
         torch._dynamo.maybe_mark_dynamic(tensor, 0)  # n differs from chunk to chunk
-    return compiled(loss_fused)(*args)
+    return compiled(loss_fused)(logits, *args)
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

@@ -5,7 +5,8 @@
 # bash runs/gpu_bench.sh
 # QUICK=1 bash runs/gpu_bench.sh      the same commands, a tiny model: a rehearsal on a CPU
 # DATA=openai/gsm8k:main PEERS=full_logits,trl,transformers bash runs/gpu_bench.sh    real rows and
-#     a slower peer: more than the last step has time for, so raise its limit
+#     a slower peer: more than the last step has time for
+# STRETCH=160 bash runs/gpu_bench.sh     160% of each limit, so 9.6 minutes: for a first, cold start
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
 JSON=${JSON:-out/gpu_bench.jsonl}
@@ -21,7 +22,7 @@ bad=() end=0
 # seconds that one leaves go to the next
 step() {
   local name=$1 code=0
-  end=$((end + $2))
+  end=$((end + $2 * ${STRETCH:-100} / 100))
   printf '\n===== %s: from second %s to at most %s\n' "$name" "$SECONDS" "$end"
   timeout --kill-after 5 $((end - SECONDS)) python -m "${@:3}" || code=$?
   case $code in

@@ -144,6 +144,14 @@ def compare_model(model: GPT, data: str, device: torch.device) -> Iterator[tuple
     yield f"{len(same)} greedy answers", 1 - sum(same) / len(same), 0
 
 
+def show(result: tuple) -> tuple:
+    """Print a comparison, and return it."""
+    what, found, allowed = result
+    verdict = "ok" if found <= allowed else "FAIL"
+    print(f"  {what:36} {found:.1e}, at most {allowed:.0e}  {verdict}", flush=True)
+    return result
+
+
 def main(config: Config) -> None:
     device = train_gpt2.setup_distributed(config.device).device
     with tempfile.TemporaryDirectory() as name:
@@ -151,14 +159,13 @@ def main(config: Config) -> None:
         data = make_data(folder)
         for kind in SCRIPTS:
             found = compare_losses(kind, data[kind], folder, config)
-            results += [(f"{kind}, {what}", *rest) for what, *rest in found]
+            results += map(show, ((f"{kind}, {what}", *rest) for what, *rest in found))
         model, _ = train_gpt2.load_checkpoint(str(folder / "SFT float32"))
-        results += compare_model(model, data["SFT"], device)
+        results += map(show, compare_model(model, data["SFT"], device))
     where = torch.cuda.get_device_name() if device.type == "cuda" else device.type
     print(f"\n{where}, torch {torch.__version__}: largest relative difference")
-    for what, found, allowed in results:
-        verdict = "ok" if found <= allowed else "FAIL"
-        print(f"  {what:36} {found:.1e}, at most {allowed:.0e}  {verdict}")
+    for result in results:
+        show(result)
     if device.type == "cuda" and not fast.has_varlen(device, config.n_embd // config.n_head, True):
         print("  the varlen kernel does not run here, so it was not tested")
     if any(found > allowed for _, found, allowed in results):

@@ -136,9 +136,9 @@ def test_steps_are_recorded_anew_only_when_half_of_the_rows_are_finished(form, m
     """Prompts of 22 to 31 of 32 tokens, so one row is finished after each step."""
     sizes, record = [], fast.record
 
-    def counted(step):
+    def counted(step, device):
         sizes.append(len(step.__self__.lengths))
-        return record(step)
+        return record(step, device)
 
     monkeypatch.setattr(fast, "record", counted)
     prompts = [[1 + n] * n for n in range(22, 32)]
