@@ -20,6 +20,7 @@ from nanosft.instructions import (
     check_feedback,
     hidden_instruction,
     is_number,
+    marks_bad_answer,
     says_nothing,
     says_what_to_train,
     show,
@@ -41,7 +42,8 @@ class Reading:
     ignore: tuple[str, ...] = ()
     """columns, and keys of messages, to leave out, whatever they hold or say"""
     where: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """keep only the rows with this value, as correct=true; may be repeated"""
+    """keep only the rows with this value, as correct=true, or without it, as label!=bad; may be
+    repeated"""
     repair: bool = False
     """merge neighboring turns of one role; drop a leading answer and a trailing question"""
 
@@ -56,8 +58,9 @@ class Reading:
 
     @functools.cached_property
     def decided(self) -> set[str]:
-        """The columns of --where: the user has decided what their values mean."""
-        return {split_pair("--where", item)[0] for item in self.where}
+        """The columns of --where NAME=VALUE: the user has decided what their values mean."""
+        pairs = [split_pair("--where", item) for item in self.where]
+        return {name for name, _ in pairs if not name.endswith("!")}
 
     def ignoring(self, *keys: str) -> str:
         """The flag that leaves out these keys, and those that it leaves out already."""
@@ -116,7 +119,7 @@ def holds_messages(value) -> bool:
 def as_messages(value, role: str, unused: dict):
     """A list of messages of what may also be one, or a string."""
     if isinstance(value, dict) and isinstance(value.get("messages"), list):
-        unused |= {key: value[key] for key in value.keys() - {"messages"}}
+        unused |= {key: [value[key]] for key in value.keys() - {"messages"}}
         return value["messages"]
     value = {"role": role, "content": value} if isinstance(value, str) else value
     return [value] if isinstance(value, dict) else value
@@ -126,8 +129,7 @@ def read_text(names: list[str], values: list, unused: dict, reading: Reading) ->
     text = values[0]
     if not isinstance(text, str) or not text:
         raise UserError(f"`text` is {show(text) if text else 'empty'}, not a string")
-    mark = None if "text" in reading.mapping else rendered_mark(text)
-    if mark:
+    if "text" not in reading.mapping and (mark := rendered_mark(text)):
         raise UserError(f"`text` is a chat in another template, it begins with {mark!r}; make it "
                         "{messages} rows, or train it as plain text, marks and questions included: "
                         "--columns text=text")
@@ -149,20 +151,20 @@ FORMS = (
     Form(("instruction", "output|response", "input|context"), read_pair),
     Form(("text",), read_text),
 )
+CHATS = ("messages", "conversations", "conversation")
 SYSTEM_NAMES = ("system", "system_prompt")  # beside any form but {text}
 COLUMN_NAMES = {name for form in FORMS for slot in form.columns for name in slot.split("|")}
 COLUMN_NAMES |= set(SYSTEM_NAMES)
-CHATS = ("messages", "conversations", "conversation")
 ROLE_KEYS = ("role", "from", "speaker", "author", "sender")
 CONTENT_KEYS = ("content", "value", "text", "parts")
-EXCHANGES = (  # a turn without a role: a question and its answer (Capybara, XTuner, ms-swift)
-    ("instruction", "output"), ("input", "output"), ("human", "assistant"), ("human", "gpt"),
-    ("user", "assistant"), ("question", "answer"), ("prompt", "response"))
-TEXT_TYPES = ("text", "input_text", "output_text")  # of parts
+EXCHANGE = {  # the keys of a turn without a role, as Capybara's {input, output}
+    "system": ("system",),
+    "user": ("instruction", "human", "user", "question", "prompt", "input"),
+    "assistant": ("output", "assistant", "gpt", "answer", "response")}
 ROLES = {"developer": "system", "human": "user", "prompter": "user", "input": "user"}
 ROLES |= dict.fromkeys(("gpt", "model", "bot", "output", "chatgpt", "ai", "chatbot", "bard",
                         "bing", "claude", "llm"), "assistant")
-ROLES |= {role: role for role in ("system", "user", "assistant")}
+ROLES |= {role: role for role in EXCHANGE}
 TOOL_ROLES = {"tool", "tools", "function", "function_call", "function_response", "tool_call",
               "tool_response", "observation", "ipython"}
 # Text here usually belongs to the prompt or the answer, so a row that would lose it is refused.
@@ -178,12 +180,27 @@ PREFERENCES = {  # the worse answer: the better one
     "rejected": "chosen", "rejected_response": "chosen_response",
     "rejected_messages": "chosen_messages", "rejected_output": "chosen_output",
     "non_preferred_output": "preferred_output"}
-RENDERED = {  # what marks the answers of a chat in another template: how it may begin
-    "### Assistant:": ("### Human:", "### User:", "### System:"), "Assistant:": ("Human:", "User:"),
-    "### Response:": ("### Instruction:", "Below is an instruction"), "ASSISTANT:": ("USER:",),
-    "<|assistant|>": ("<|system|>", "<|user|>", "<|prompter|>"), "<bot>:": ("<human>:",),
-    "<|im_start|>assistant": ("<|im_start|>",), "<start_of_turn>model": ("<start_of_turn>",),
-    "<|start_header_id|>assistant": ("<|start_header_id|>",), "[/INST]": ("[INST]",)}
+REFUSED = frozenset({*MEDIA, *TREE_NAMES, *PREFERENCES})
+
+
+BAR = r"[|\uff5c]"  # the second one is DeepSeek's
+
+
+def turn_marks(plain: str, others: str) -> str:
+    """How a turn of these roles begins in other templates: <|user|>, ### Human:, USER:, …"""
+    role = f"(?:{plain}|{others})"
+    return (rf"(?:<{BAR}(?:\w+_)?{role}(?:_\w+)?{BAR}>|<(?:{BAR}\w+{BAR}|\w+_\w+)>{role}\b|"
+            rf"\[\|{role}\|\]|##+ ?{role}:|<?\b(?:{plain})>?:)")
+
+
+RENDERED = re.compile(  # how a chat begins, perhaps after a system text or a short preamble
+    rf"(?:\s|</?s>|<bos>|<sop>|\[gMASK\]|<{BAR}[^<>]*(?:begin|start|bos)[^<>]*>)*"
+    r"(?:(?:\W*(?:\w+\W*>\s?)?system\w*(?:[^\w\s]|\n)|(?:a (?:chat|conversation|dialogue)|"
+    r"the following|below is|you are|this is)\b)"
+    rf"[\s\S]{{1,2000}}?(?:(?<=[\n.!?:>])\s*|(?=<{BAR})))?"
+    rf"({turn_marks('user|human', 'prompter|instruction|question')}|\[INST\])", re.IGNORECASE)
+ANSWERS = re.compile(turn_marks("assistant|ai|bot|gpt|chatgpt", "model|response|answer")
+                     + r"|\[/INST\]", re.IGNORECASE)
 
 
 def messages_of(row: dict, reading: Reading | None = None, counts: Counts | None = None,
@@ -198,17 +215,16 @@ def messages_of(row: dict, reading: Reading | None = None, counts: Counts | None
     reading, counts = reading or Reading(), Counts() if counts is None else counts
     columns, unused = map_columns(row, reading)
     form, names = form_of(columns, reading)
-    refuse_by_name(columns, form, reading)
+    if not REFUSED.isdisjoint(columns):
+        refuse_by_name(columns, form, reading)
     if form is None:
         raise UserError(f"unknown form with keys {show(sorted(row))}, not null: "
                         f"{show(sorted(columns))}; see the forms in data/README.md, or say which "
                         "is which: --columns prompt=…,response=…")
-    weight = None
-    if len(columns) > len(names):
-        used = {*names, *reading.decided}
-        check_feedback(columns, used, reading)
-        weight = take_weight(columns, "", "assistant", reading, used)
-    values = [columns.pop(name) for name in names]
+    values, weight = [columns.pop(name) for name in names], None
+    if columns:
+        check_feedback(columns, reading.decided, reading)
+        weight = take_weight(columns, "", "assistant", reading, reading.decided)
     messages, free = form.read(names, values, unused, reading), None  # free: what --columns may add
     if isinstance(messages, list):
         messages = [scaled(turn, weight) for turn in with_system(messages, columns)]
@@ -218,7 +234,8 @@ def messages_of(row: dict, reading: Reading | None = None, counts: Counts | None
         said = [key for key in row if says_what_to_train(key, row[key])]
         raise UserError(f"`{said[0]}` is {show(row[said[0]])}, but a {{text}} row is trained whole "
                         f"or not at all; leave it out, or train it: {reading.ignoring(*said)}")
-    check_unused(unused | columns, messages, free, reading, counts)
+    check_unused(unused | {name: [value] for name, value in columns.items()}, messages, free,
+                 reading, counts)
     return repaired(messages, counts) if reading.repair and form.read != read_text else messages
 
 
@@ -235,26 +252,28 @@ def scaled(turn: dict, weight: float | None) -> dict:
     return turn | {"weight": weight * turn.get("weight", 1)}
 
 
-def form_of(columns: dict, reading: Reading) -> tuple["Form | None", list[str]]:
+def map_columns(row: dict, reading: Reading) -> tuple[dict, dict]:
+    """(columns under their names in a form, columns not to be used), both without nulls."""
+    columns = {name: value for name, value in row.items() if value is not None}
+    for name, column in reading.mapping.items():
+        if column not in row:
+            raise UserError(f"--columns {name}={column}: no such column; there are "
+                            f"{show(sorted(row))}")
+    mapped = {name: columns[column] for name, column in reading.mapping.items()
+              if column in columns}
+    unused = {name: [columns.pop(name)] for name in (*reading.mapping, *reading.ignore)
+              if name in columns and name not in reading.mapping.values()}
+    for column in reading.mapping.values():
+        columns.pop(column, None)
+    return columns | mapped, unused
+
+
+def form_of(columns: dict, reading: Reading) -> tuple[Form | None, list[str]]:
     """`find_form`, but an empty list or an empty chat beside another form is as good as absent."""
     names = frozenset(name for name, value in columns.items() if value not in ([], {})
                       and not (name in CHATS and value in ("", "[]")))
     form, found = find_form(names, frozenset(reading.mapping))
     return (form, found) if form else find_form(frozenset(columns), frozenset(reading.mapping))
-
-
-def map_columns(row: dict, reading: Reading) -> tuple[dict, dict]:
-    """(columns under their names in a form, columns not to be used), both without nulls."""
-    for name, column in reading.mapping.items():
-        if column not in row:
-            raise UserError(f"--columns {name}={column}: no such column; there are "
-                            f"{show(sorted(row))}")
-    given = {name: value for name, value in row.items() if value is not None}
-    mapped = {name: given[column] for name, column in reading.mapping.items() if column in given}
-    columns = {name: given[name] for name in given if name not in reading.mapping.values()}
-    names = {*reading.mapping, *reading.ignore}
-    unused = {name: columns.pop(name) for name in [*columns] if name in names}
-    return columns | mapped, unused
 
 
 @functools.lru_cache(maxsize=1024)
@@ -280,7 +299,7 @@ def refuse_by_name(columns: dict, form: Form | None, reading: Reading) -> None:
             raise UserError(f"a preference row (`{worse}` beside a better answer); to train on the "
                             f"better one, pass {better_answer(columns, worse, reading)}")
     for name in MEDIA:
-        if name in columns and columns[name] not in ("", []):
+        if columns.get(name) not in (None, "", []):
             raise UserError(f"`{name}` is not text, and the model reads only text; leave out such "
                             f"rows, or only the column: {reading.ignoring(name)}")
     tree = sorted(columns.keys() & TREE_NAMES)
@@ -291,36 +310,28 @@ def refuse_by_name(columns: dict, form: Form | None, reading: Reading) -> None:
 
 def better_answer(columns: dict, worse: str, reading: Reading) -> str:
     """The flags that train the better answer of a preference row."""
+    def roles(name: str) -> list[str]:
+        turns = read_turns(name, as_messages(columns[name], "assistant", {}), {}, reading)
+        return [turn["role"] for turn in turns]
+
     better, ignoring = PREFERENCES[worse], reading.ignoring(worse)
     if not columns.get(better):
         return ignoring
     prompts = [name for name in (*CHATS, "input") if holds_messages(columns.get(name))]
-    if prompts and role_of(as_messages(columns[prompts[0]], "", {})[-1]) == "assistant":
+    if prompts and roles(prompts[0])[-1:] == ["assistant"]:
         return f"{reading.ignoring(better, worse)}, which trains on `{prompts[0]}`"
     pairs = [*(f"prompt={name}" for name in prompts[:1]), f"response={better}"]
-    if role_of(as_messages(columns[better], "assistant", {})[0]) != "assistant":
+    if roles(better)[:1] != ["assistant"]:
         pairs = [f"messages={better}"]
     elif columns.keys() <= {better, worse}:
         pairs = [f"text={better}"]  # as plain text
     return f"{reading.mapping_to(*pairs)} {ignoring}"
 
 
-def role_of(turn: dict) -> str | None:
-    """system, user, or assistant; None for any other role. Case and template marks do not count."""
-    keys = ROLE_KEYS if isinstance(turn, dict) else ()
-    role = next((turn[key] for key in keys if turn.get(key) is not None), None)
-    return ROLES.get(plain_role(role)) if isinstance(role, str) else None
-
-
-def plain_role(role: str) -> str:
-    return role.strip(" :<|>#").lower()
-
-
 def rendered_mark(text: str) -> str | None:
     """The mark with which a chat of another template begins, if it has both roles."""
-    start = re.match(r"(?:\s|<s>|<bos>|<\|begin_of_text\|>)*", text).end()
-    return next((mark for answer, marks in RENDERED.items() for mark in marks
-                 if text.startswith(mark, start) and answer in text), None)
+    start = RENDERED.match(text)
+    return start[1] if start and ANSWERS.search(text, start.end()) else None
 
 
 def read_turns(column: str, turns, unused: dict, reading: Reading) -> list[dict]:
@@ -348,33 +359,46 @@ def read_turns(column: str, turns, unused: dict, reading: Reading) -> list[dict]
 def read_turn(i: int, turn: dict, unused: dict, reading: Reading) -> list[dict]:
     """A message; or a question and its answer in one turn, such as Capybara's."""
     turn = {key: value for key, value in turn.items() if value is not None}
-    given = [(role, turn.pop(key, None)) for role, key in roles_and_keys(i, turn)]
-    messages = [read_content(i, role, content, unused, reading) for role, content in given]
-    if "input" in turn and "input" not in reading.ignore:
-        messages[max(0, len(messages) - 2)]["input"] = turn.pop("input")
-    weight = take_weight(turn, f"message {i}: ", given[-1][0], reading, reading.ignore)
-    add_unused(unused, turn)
-    return [*messages[:-1], scaled(messages[-1], weight)]
+    role_key, contents, others = shape_of(tuple(turn))
+    if not contents:
+        what = "no `content` string; it has " if role_key else ""
+        raise UserError(f"message {i} has {what}the keys {show(sorted(turn))}; expected {{role, "
+                        "content}, {from, value}, or {input, output}")
+    messages = [read_content(i, role or role_named(i, turn[role_key]), turn[key], unused, reading)
+                for role, key in contents.items() if role != "system" or turn[key]]
+    if others:
+        others = {key: turn[key] for key in others}
+        if "input" in others and "input" not in reading.ignore:
+            messages[max(0, len(messages) - 2)]["input"] = others.pop("input")
+        messages[-1] = instructed(i, messages[-1], others, unused, reading)
+    return messages
 
 
-def roles_and_keys(i: int, turn: dict) -> list[tuple[str, str]]:
-    """(role, key of its content) of the messages of a turn, whose role is taken from it."""
-    role_key = next((key for key in ROLE_KEYS if key in turn), None)
-    if role_key is None:
-        pair = next((pair for pair in EXCHANGES if turn.keys() >= {*pair}), None)
-        if pair is None:
-            raise UserError(f"message {i} has the keys {show(sorted(turn))}; expected {{role, "
-                            "content}, {from, value}, or {input, output}")
-        system = [("system", "system")] if i == 0 and turn.get("system") else []
-        return [*system, *zip(("user", "assistant"), pair)]
-    known, role = role_of(turn), turn.pop(role_key)
-    if known is None:
-        if isinstance(role, str) and plain_role(role) in TOOL_ROLES:
-            raise UserError(f"message {i} has role {role!r}: tool and function turns are not "
-                            "supported; leave out such rows")
+@functools.lru_cache(maxsize=1024)
+def shape_of(keys: tuple[str, ...]) -> tuple[str | None, dict[str, str], list[str]]:
+    """(key of the role, {role: key of a text}, other keys) of a turn; a role that it names is "".
+
+    >>> shape_of(("from", "value", "id")), shape_of(("input", "output"))
+    (('from', {'': 'value'}, ['id']), (None, {'user': 'input', 'assistant': 'output'}, []))
+    """
+    role_key = next((key for key in ROLE_KEYS if key in keys), None)
+    slots = {"": CONTENT_KEYS} if role_key else EXCHANGE
+    contents = {role: key for role, slot in slots.items() for key in reversed(slot) if key in keys}
+    return role_key, contents, [key for key in keys if key not in (role_key, *contents.values())]
+
+
+def role_named(i: int, role) -> str:
+    """system, user, or assistant. Case and the marks of a template do not count."""
+    name = role if isinstance(role, str) else ""
+    if name not in ROLES:
+        name = re.sub(r"^\W+|\W+$", "", name).lower()
+    if name in TOOL_ROLES:
+        raise UserError(f"message {i} has role {role!r}: tool and function turns are not "
+                        "supported; leave out such rows")
+    if name not in ROLES:
         raise UserError(f"message {i} has role {show(role)}; the known roles are system, user, "
                         "assistant, and their aliases in data/README.md; leave out such rows")
-    return [(known, next((key for key in CONTENT_KEYS if key in turn), "content"))]
+    return ROLES[name]
 
 
 def read_content(i: int, role: str, content, unused: dict, reading: Reading) -> dict:
@@ -396,23 +420,34 @@ def read_content(i: int, role: str, content, unused: dict, reading: Reading) -> 
 
 
 def read_part(i: int, role: str, part, unused: dict, reading: Reading) -> dict:
-    """A string, or {"type": "text", "text": …}, as a message."""
+    """A string, {"type": "text", "text": …}, or OpenAI's {…, "text": {"value": …}}, as a message.
+    """
     if isinstance(part, str):
         return {"role": role, "content": part}
     given = {k: v for k, v in part.items() if v is not None} if isinstance(part, dict) else {}
     kind = given.pop("type", "text" if given else part)
     text = given.pop(next((key for key in ("text", "content", "value") if key in given), ""), None)
-    if str(kind).lower() not in TEXT_TYPES or not isinstance(text, str):
+    if isinstance(text, dict):
+        given |= text
+        text = given.pop("value", None)
+    if str(kind).lower() not in ("text", "input_text", "output_text") or not isinstance(text, str):
         raise UserError(f"message {i} has a part of type {show(kind)}; the model reads only text "
                         '({"type": "text", "text": …}); leave out such rows')
-    weight = take_weight(given, f"message {i}: ", role, reading, reading.ignore)
-    add_unused(unused, given)
-    return scaled({"role": role, "content": text}, weight)
+    return instructed(i, {"role": role, "content": text}, given, unused, reading)
 
 
-def add_unused(unused: dict, keys: dict) -> None:
+def instructed(i: int, message: dict, keys: dict, unused: dict, reading: Reading) -> dict:
+    """The message with the weight that other keys of it, or of its part, say; the rest is unused.
+
+    `user.train` in --ignore is the key `train` of user messages.
+    """
+    role = message["role"]
+    keys = {f"{role}.{key}" if f"{role}.{key}" in reading.ignore else key: value
+            for key, value in keys.items()}
+    weight = take_weight(keys, f"message {i}: ", role, reading, reading.ignore)
     for key, value in keys.items():
         unused.setdefault(f"{MESSAGE_KEY}{key}", []).append(value)
+    return scaled(message, weight)
 
 
 def with_system(messages: list[dict], columns: dict) -> list[dict]:
@@ -426,6 +461,9 @@ def with_system(messages: list[dict], columns: dict) -> list[dict]:
     if own and own != [columns[name]]:
         return messages  # two different ones: `check_unused` names the column
     return [{"role": "system", "content": columns.pop(name)}, *messages[len(own) :]]
+
+
+# ----- what is not used --------------------------------------------------------------------------
 
 
 class UnusedError(UserError):
@@ -445,58 +483,58 @@ class UnusedError(UserError):
         super().__init__(f"{what} with {reading.ignoring(*fitting)}")
 
 
-def check_unused(unused: dict, messages: list[dict] | str, free: str | None, reading: Reading,
-                 counts: Counts) -> None:
+def check_unused(unused: dict[str, list], messages: list[dict] | str, free: str | None,
+                 reading: Reading, counts: Counts) -> None:
     """Count what is not used, and refuse a row that would lose text or an instruction.
 
-    free: the name under which --columns can still add a column's text to the prompt.
+    unused: {column or key of messages: its values}. free: the name under which --columns can still
+    add a column's text to the prompt.
     """
     texts, lost = [], {}
     if unused:
         texts = [messages] if isinstance(messages, str) else [turn["content"] for turn in messages]
-    for name, value in unused.items():
-        counts["unused", name] += holds_text(value)
-        key = name.removeprefix(MESSAGE_KEY)
-        if key not in reading.ignore and (what := what_is_lost(name, key, value, unused, texts)):
-            lost[name] = what
+    for name, values in unused.items():
+        counts["unused", name] += holds_text(values)
+        if name.removeprefix(MESSAGE_KEY) not in reading.ignore:
+            found = (what_is_lost(name, value, unused, texts) for value in values)
+            if what := next(filter(None, found), None):
+                lost[name] = what
     if lost:
         name = next(iter(lost))
-        is_string = free and isinstance(unused[name], str)
+        is_string = free and isinstance(unused[name][0], str) and not name.startswith(MESSAGE_KEY)
         use = f"say what it is, as {reading.mapping_to(f'{free}={name}')}, or " if is_string else ""
         raise UnusedError(lost, use, reading)
 
 
-def what_is_lost(name: str, key: str, value, unused: dict, texts: list) -> str | None:
-    """What an unused key holds that may matter to training; None: nothing. texts: those in use."""
-    in_message = key != name  # then `value` lists the values of all messages
-    if in_message and not says_nothing(key, FACTS):
-        for one in value:
-            if is_number(one) or word(one) in ("true", "false"):
-                return f"is {show(one, 40)} in a message, which may say what to train"
-    for one in value if in_message else [value]:
-        if hidden := hidden_instruction(one):
-            return f"holds `{hidden}`, which may say what to train"
+def what_is_lost(name: str, value, unused: dict, texts: list) -> str | None:
+    """What an unused value holds that may matter to training; None: nothing. texts: those in use.
+    """
+    key, in_message = name.removeprefix(MESSAGE_KEY), name.startswith(MESSAGE_KEY)
+    if in_message and (marks_bad_answer(key, value) or (not says_nothing(key, FACTS) and (
+            is_number(value) or word(value) in ("true", "false")))):
+        return f"is {show(value, 40)} in a message, which may say what to train"
+    if hidden := hidden_instruction(value):
+        return f"holds `{hidden}`, which may say what to train"
     if not holds_text(value) or value in texts:  # UltraChat's `prompt` repeats the first message
         return None
     is_text = key.lower() in TEXT_NAMES or (in_message and key.lower() in MEDIA)
-    is_known = says_nothing(key, TITLES) or (key in MAGPIE and MAGPIE <= unused.keys())
-    if is_text or (not is_known and any(
-            is_long(text) and not repeats(text, texts) for text in strings_in(value))):
+    is_magpie = key in MAGPIE and MAGPIE <= unused.keys()
+    if is_text or not (is_magpie or all(repeats(text, texts) for text in long_texts(key, value))):
         return f"holds text that would be lost: {show(value)}"
     return None
 
 
-def strings_in(value) -> Iterator[str]:
+def long_texts(key: str, value) -> Iterator[str]:
+    """The strings in a value that are longer than a label, and neither URLs nor metadata."""
+    if says_nothing(key, TITLES):
+        return
     if isinstance(value, str):
-        yield value
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from strings_in(item)
-
-
-def is_long(text: str) -> bool:
-    """Longer than a label, and no URL."""
-    return (len(text) > 64 or len(text.split()) > 8) and not re.fullmatch(r"\w+://\S+", text)
+        if (len(value) > 64 or len(value.split()) > 8) and not re.fullmatch(r"\w+://\S+", value):
+            yield value
+    elif isinstance(value, dict | list | tuple):
+        items = value.items() if isinstance(value, dict) else ((key, item) for item in value)
+        for inner_key, item in items:
+            yield from long_texts(inner_key, item)
 
 
 def repeats(text: str, texts: list) -> bool:
@@ -514,6 +552,57 @@ def holds_text(value) -> bool:
     if isinstance(value, dict | list | tuple):
         return any(map(holds_text, value.values() if isinstance(value, dict) else value))
     return isinstance(value, str) and value.strip() not in ("", "[]", "{}", "null")
+
+
+FIRST_ROWS = 1000
+
+
+def examined(rows: Iterable[tuple], reading: Reading, is_strict: bool = True) -> Iterator[tuple]:
+    """The (…, place, row) as they come; but first one UserError for all keys of the first 1,000
+    rows that are neither used nor ignored. is_strict: also for names that usually hold text; else
+    only their rows are bad.
+    """
+    rows, first, failure = iter(rows), [], None
+    try:
+        for item in itertools.islice(rows, FIRST_ROWS):
+            first.append(item)
+    except UserError as error:  # in a later row than those read so far
+        failure = error
+    refuse_unused(first, reading, is_strict)
+    refuse_binary_labels(first, reading)
+    yield from first
+    del first
+    if failure:
+        raise failure
+    yield from rows
+
+
+def refuse_unused(rows: Iterable[tuple], reading: Reading, is_strict: bool) -> None:
+    lost, use, where = {}, "", None
+    for *_, place, row in rows:
+        try:
+            messages_of(row, reading)
+        except UnusedError as error:
+            if is_strict or any(name.lower() not in TEXT_NAMES for name in error.lost):
+                lost |= {name: what for name, what in error.lost.items() if name not in lost}
+                use, where = use or error.use, where or place
+        except UserError:
+            pass  # a bad row, which is refused when its turn comes
+    if lost:
+        raise UserError(f"{where}: {UnusedError(lost, use, reading)}")
+
+
+def refuse_binary_labels(rows: Iterable[tuple], reading: Reading) -> None:
+    """UserError if `label` is 0 and 1, which may be feedback; more numbers are classes."""
+    if "label" in {*reading.ignore, *reading.decided, *reading.mapping.values()}:
+        return
+    places = {str(row["label"]): place for *_, place, row in rows
+              if isinstance(row, dict) and row.get("label") is not None}
+    if places.keys() in ({"0", "1"}, {"-1", "1"}, {"0.0", "1.0"}):
+        bad, good = sorted(places)
+        raise UserError(f"{places[bad]}: `label` is {bad} here and {good} elsewhere; if that marks "
+                        f"bad answers, pass --where label={good}, if it says nothing about "
+                        f"training, {reading.ignoring('label')}")
 
 
 def repaired(messages: list[dict], counts: Counts) -> list[dict]:
@@ -540,60 +629,6 @@ def repaired(messages: list[dict], counts: Counts) -> list[dict]:
         raise UserError("--repair leaves no question with an answer (roles: "
                         f"{show([turn['role'] for turn in messages])}); leave out such rows")
     return merged
-
-
-# ----- before anything is written -----------------------------------------------------------------
-
-FIRST_ROWS = 1000
-
-
-def examined(rows: Iterable[tuple], reading: Reading, is_strict: bool = True) -> Iterator[tuple]:
-    """The (…, place, row) as they come; but first one UserError for all keys of the first 1,000
-    rows that are neither used nor ignored. is_strict: also for names that usually hold text; else
-    only their rows are bad.
-    """
-    rows, first, failure = iter(rows), collections.deque(), None
-    try:
-        for item in itertools.islice(rows, FIRST_ROWS):
-            first.append(item)
-    except UserError as error:  # in a later row than those read so far
-        failure = error
-    refuse_unused(first, reading, is_strict)
-    refuse_binary_labels(first, reading)
-    while first:
-        yield first.popleft()
-    if failure:
-        raise failure
-    yield from rows
-
-
-def refuse_unused(rows: Iterable[tuple], reading: Reading, is_strict: bool) -> None:
-    lost, use, where = {}, "", None
-    for *_, place, row in rows:
-        try:
-            messages_of(row, reading)
-        except UnusedError as error:
-            if is_strict or any(name.lower() not in TEXT_NAMES for name in error.lost):
-                use = use or error.use
-                lost |= {name: what for name, what in error.lost.items() if name not in lost}
-                where = where or place
-        except UserError:
-            pass  # a bad row, which is refused when its turn comes
-    if lost:
-        raise UserError(f"{where}: {UnusedError(lost, use, reading)}")
-
-
-def refuse_binary_labels(rows: Iterable[tuple], reading: Reading) -> None:
-    """UserError if `label` is 0 and 1, which may be feedback; more numbers are classes."""
-    if "label" in {*reading.ignore, *reading.decided, *reading.mapping.values()}:
-        return
-    places = {str(row["label"]): place for *_, place, row in rows
-              if isinstance(row, dict) and row.get("label") is not None}
-    if places.keys() in ({"0", "1"}, {"-1", "1"}, {"0.0", "1.0"}):
-        bad, good = sorted(places)
-        raise UserError(f"{places[bad]}: `label` is {bad} here and {good} elsewhere; if that marks "
-                        f"bad answers, pass --where label={good}, if it says nothing about "
-                        f"training, {reading.ignoring('label')}")
 
 
 # ----- what is refused in messages ----------------------------------------------------------------

@@ -17,6 +17,44 @@ def names(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
+@functools.lru_cache(maxsize=4096)
+def plain(key: str) -> str:
+    """A key in snake case.
+
+    >>> plain("lossWeight"), plain("Loss-Mask")
+    ('loss_weight', 'loss_mask')
+    """
+    return re.sub(r"[\W_]+", "_", re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", key)).strip("_").lower()
+
+
+def word(value):
+    """A value as a key of the tables below; None: it is no boolean, number, or short string.
+
+    >>> word(False), word(" -0.5 "), word("Thumbs-down!"), word([])
+    (False, -0.5, 'thumbs_down', None)
+    """
+    if isinstance(value, str):
+        return word_of(value) if len(value) <= 24 else None
+    return value if isinstance(value, int | float) else None
+
+
+@functools.lru_cache(maxsize=4096)
+def word_of(text: str) -> str | float:
+    text = text.strip(" \t\r\n.!\ufe0f🏻🏼🏽🏾🏿").lower()  # without the shade of an emoji
+    if not re.match(r"[-+.]?\d", text):
+        return re.sub(r"[\s-]+", "_", text)
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def show(value, limit: int = 80) -> str:
+    """A value of a row for an error: at most `limit` characters, control characters escaped."""
+    text = repr(value)
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
 # ----- keys that say what is trained -------------------------------------------------------------
 
 TRAIN = names("train trained trainable training loss learn supervised supervise")
@@ -31,19 +69,9 @@ OTHERS = TRAIN | names(  # token masks, character spans, …
 LABELS = names("id ids idx index hash url date time timestamp attention")  # train_id is an id
 NOT_ANSWERS = names("system user human prompter prompt input instruction")  # NeMo: "mask": "User"
 
-BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, 1: True,
-            "false": False, "no": False, "off": False, "0": False, 0: False}
+BOOLEANS = dict.fromkeys(("true", "yes", "on", 1), True)
+BOOLEANS |= dict.fromkeys(("false", "no", "off", 0), False)
 SKIPS = BOOLEANS | dict.fromkeys(("mask", "masked", "ignore", "skip", "context", "never"), False)
-
-
-@functools.lru_cache(maxsize=4096)
-def plain(key: str) -> str:
-    """A key in snake case.
-
-    >>> plain("lossWeight"), plain("Loss-Mask")
-    ('loss_weight', 'loss_mask')
-    """
-    return re.sub(r"[\W_]+", "_", re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", key)).strip("_").lower()
 
 
 @functools.lru_cache(maxsize=4096)
@@ -62,13 +90,6 @@ def kind_of(key: str) -> str | None:
     if words and words <= TRAIN:
         return "trained"
     return "other" if words & OTHERS and not words & LABELS else None
-
-
-def word(value):
-    """A value as a key of the tables above; lists and objects are none."""
-    if isinstance(value, str):
-        return value.strip().lower()
-    return value if isinstance(value, int | float) else None
 
 
 def is_number(value) -> bool:
@@ -90,12 +111,13 @@ def says_what_to_train(key: str, value) -> bool:
 
 def weight_of(key: str, value) -> float | None:
     """The weight that a key gives; None: it says nothing. UserError if no weight can say it."""
-    kind = kind_of(key)
+    kind, said = kind_of(key), word(value)
     if kind == "weight":
-        if not isinstance(value, int | float) or not 0 <= value <= 1:
+        said = BOOLEANS.get(said, said)
+        if not isinstance(said, int | float) or not 0 <= said <= 1:
             raise UserError(f"{key} {show(value)} is not a number from 0 to 1")
-        return float(value)
-    flag = (SKIPS if kind == "trained" else BOOLEANS).get(word(value))
+        return float(said)
+    flag = (SKIPS if kind == "trained" else BOOLEANS).get(said)
     if kind == "other" or flag is None:
         raise UserError(f"`{key}` is {show(value)}, which may say what to train but cannot be read "
                         "as the weight of an answer (`weight`, 0 to 1, can)")
@@ -107,23 +129,24 @@ def take_weight(keys: dict, where: str, role: str, reading, used: Iterable = ())
 
     They are taken from `keys`, but for `used` ones. reading: the flags, a forms.Reading.
     """
-    weights, shown = {}, {}
-    for key in [key for key in keys if key not in used and says_what_to_train(key, keys[key])]:
-        shown[key] = f"{key} {show(keys[key])}"
+    said = {key: keys.pop(key) for key in [*keys]
+            if key not in used and says_what_to_train(key, keys[key])}
+    weights = {}
+    for key, value in said.items():
         try:
-            weights[key] = weight_of(key, keys.pop(key))
+            weight = weight_of(key, value)
         except UserError as error:
             raise UserError(f"{where}{error}; leave it out: {reading.ignoring(key)}") from error
-    weights = {key: weight for key, weight in weights.items() if weight is not None}
+        if weight and role != "assistant":
+            raise UserError(f"{where}{key} {show(value)} on a {role} message; only answers are "
+                            f"trained; leave it out there: {reading.ignoring(f'{role}.{key}')}")
+        if weight is not None:
+            weights[key] = weight
     numbers = {weight for key, weight in weights.items() if kind_of(key) == "weight"}
     if len(numbers) > 1 or (0 in weights.values() and any(weights.values())):
-        raise UserError(f"{where}{' and '.join(map(shown.get, weights))} contradict each other; "
-                        f"leave out all but one, as with {reading.ignoring(*[*weights][1:])}")
-    for key, weight in weights.items():
-        if weight and role != "assistant":
-            raise UserError(f"{where}{shown[key]} on a {role} message; only assistant messages are "
-                            "trained; leave the key out there, or everywhere: "
-                            f"{reading.ignoring(key)}")
+        shown = " and ".join(f"{key} {show(said[key], 20)}" for key in weights)
+        raise UserError(f"{where}{shown} contradict each other; leave out all but one, as with "
+                        f"{reading.ignoring(*[*weights][1:])}")
     return min(weights.values(), default=None)
 
 
@@ -136,56 +159,77 @@ def hidden_instruction(value) -> str | None:
     return None
 
 
-def show(value, limit: int = 80) -> str:
-    """A value of a row for an error: at most `limit` characters, control characters escaped."""
-    text = repr(value)
-    return text if len(text) <= limit else text[: limit - 1] + "…"
+# ----- feedback on an answer ---------------------------------------------------------------------
+
+# Words of a verdict: as a value, or as a column of true and false.
+GOOD = names(
+    "accept accepted acceptable accurate approve approved chosen correct desirable desired enabled "
+    "good great helpful include included keep kept kto_tag like liked ok pass passed preferred "
+    "right selected success successful thumbs_up thumb_up upvote upvoted usable use useful valid "
+    "verified active resolved")
+BAD = names(
+    "bad deleted discard discarded downvote downvoted drop dropped fail failed failure filtered "
+    "hallucinated hallucination reject rejected removed spam thumbs_down thumb_down wrong 👎 ❌")
+NEGATIONS = ("not_", "no_", "non_", "un", "in", "dis")  # before a word of GOOD: incorrect
+BAD_VALUES = names("down false low negative no poor")  # in MARKS and columns of GOOD
+EVERYWHERE = names("rejected downvoted disliked undesirable thumbs_down thumb_down 👎")
+# Columns of a verdict. Of these, a number but -1 says nothing: it counts, or is a score or a class.
+MARKS = names(
+    "label feedback rating vote thumb thumbs preference status outcome result quality verdict "
+    "judge judgment judgement grade evaluation assessment decision reaction annotation correctness "
+    "helpful helpfulness like upvote useful tag")
+CLASSES = names("down low negative spam")  # no feedback as the value of a `label`
+ABOUT_PROMPT = names("input prompt question query instruction problem sentiment")
 
 
-# ----- feedback on a row -------------------------------------------------------------------------
-
-GOOD = names(  # columns in which true is good, also with is_ before the name
-    "label kto_tag correct correctness accepted acceptable thumbs thumbs_up thumb_up feedback "
-    "human_feedback user_feedback human_label desirable chosen preferred good good_answer passed "
-    "pass verified valid approved success successful helpful liked like upvoted ok resolved "
-    "verdict judgment judgement keep kept use usable include included selected enabled active")
-BAD = names(  # columns in which true is bad
-    "bad rejected thumbs_down thumb_down disliked dislike downvoted undesirable incorrect wrong "
-    "failed unhelpful invalid hallucination hallucinated deleted discard discarded drop dropped "
-    "removed filtered spam")
-SCORES = names("label correctness helpful")  # in which a number is a class or a score
-OPPOSITES = dict(pair.split("/") for pair in names(  # what says bad / good
-    "false/true no/yes bad/good rejected/chosen reject/accept undesirable/desirable poor/good "
-    "incorrect/correct wrong/right failed/passed fail/pass thumbs_down/thumbs_up down/up 👎/👍 "
-    "dislike/like disliked/liked invalid/valid unhelpful/helpful negative/positive 0/1 -1/1"))
+def is_bad(text: str) -> bool:
+    return text in BAD or any(text.startswith(no) and text.removeprefix(no) in GOOD
+                              for no in NEGATIONS)
 
 
-def check_feedback(columns: dict, used: Iterable, reading) -> None:
-    """UserError for a row that a column marks as a bad answer, with the flags that decide."""
-    for key in columns.keys() - set(used):
-        good = opposite_of_bad(plain(key).removeprefix("is_"), columns[key])
-        if good is not None:
-            raise UserError(f"`{key}` is {show(columns[key])}, which marks a bad answer; keep only "
-                            f"the good ones: --where {shlex.quote(f'{key}={good}')}, or train on "
-                            f"all of them: {reading.ignoring(key)}")
+@functools.lru_cache(maxsize=4096)
+def verdict_in(key: str) -> str | None:
+    """What a column says of an answer: true is `good` or `bad`; `mark`; `label`, perhaps a class.
 
-
-def opposite_of_bad(name: str, value) -> str | None:
-    """What --where takes for the good rows if this value of a column says bad.
-
-    >>> opposite_of_bad("label", False), opposite_of_bad("label", 3)
-    ('true', None)
+    >>> [verdict_in(key) for key in ("is_correct", "unhelpful", "human_rating", "input_quality")]
+    ['good', 'bad', 'mark', None]
     """
-    if isinstance(value, bool):
-        return json.dumps(not value) if name in (BAD if value else GOOD) else None
-    if name in BAD:
-        return {"true": "false", "yes": "no", "1": "0"}.get(str(value).lower())
-    if name not in GOOD or (name in SCORES and str(value).lower() in ("0", "-1", "negative")):
+    words = plain(key).split("_")
+    ends = {"_".join(words[i:]) for i in range(len(words))}
+    if ABOUT_PROMPT & {*words}:
         return None
-    if isinstance(value, int | float):
-        return json.dumps(type(value)(1)) if value in (0, -1) and name not in SCORES else None
-    good = OPPOSITES.get(word(value))
-    return good.title() if good and value.istitle() else good
+    if any(map(is_bad, ends)):
+        return "bad"
+    if "label" in ends:
+        return "label"
+    return "good" if ends & GOOD - MARKS else "mark" if ends & MARKS else None
+
+
+def marks_bad_answer(key: str, value) -> bool:
+    """
+    >>> marks_bad_answer("is_correct", 0), marks_bad_answer("quality", "low")
+    (True, True)
+    >>> marks_bad_answer("label", 0), marks_bad_answer("stars", 1)
+    (False, False)
+    """
+    verdict, said = verdict_in(key), word(value)
+    if verdict == "bad":
+        return BOOLEANS.get(said) is True
+    if verdict is None or said is None or isinstance(said, bool):
+        return said in EVERYWHERE or (verdict is not None and said is False)
+    if isinstance(said, int | float):
+        return verdict != "label" and (said == -1 or (verdict == "good" and said == 0))
+    return (is_bad(said) or said in BAD_VALUES) and not (verdict == "label" and said in CLASSES)
+
+
+def check_feedback(columns: dict, decided: set[str], reading) -> None:
+    """UserError for a row that a column marks as a bad answer, with the flags that decide."""
+    for key, value in columns.items():
+        if key not in decided and marks_bad_answer(key, value):
+            bad = value if isinstance(value, str) else json.dumps(value)
+            raise UserError(f"`{key}` is {show(value)}, which marks a bad answer; leave out such "
+                            f"rows: --where {shlex.quote(f'{key}!={bad}')}, or train on them: "
+                            f"{reading.ignoring(key)}")
 
 
 # ----- what says nothing about training, and is no text for the model ----------------------------
@@ -205,6 +249,7 @@ FACTS = TITLES | names(  # keys of messages with these last words may hold boole
 MAGPIE = names("intent knowledge difficulty")  # its `knowledge` names what a prompt asks for
 
 
+@functools.lru_cache(maxsize=4096)
 def says_nothing(key: str, known: frozenset[str]) -> bool:
     """Whether a key, its last word, or its first one (`num_turns`) is known metadata.
 

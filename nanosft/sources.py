@@ -152,9 +152,11 @@ def select_rows(sources: Iterable[Source], reading: Reading, counts: Counts,
                 require_shallow("a value", row)
             except UserError as error:
                 row = error
-            values = [(column, value_text(row, column)) for column, _ in wanted]
+            values = [(column, value_text(row, column.removesuffix("!"))) for column, _ in wanted]
             first = first or (place, values, row)
-            if values == wanted or not isinstance(row, dict):
+            kept = all((pair == found) != pair[0].endswith("!")  # NAME!=VALUE
+                       for pair, found in zip(wanted, values))
+            if kept or not isinstance(row, dict):
                 n_kept += 1
                 yield source, place, row
             else:

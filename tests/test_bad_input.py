@@ -171,7 +171,7 @@ NOT_TURNS = "`conversations` must be a list of {role, content}, of {from, value}
     (chat(("user", "Q")), "the last message has role 'user', expected 'assistant'"),
     (chat(("user", "Q"), ("assistant", "A", 1.5)), "weight 1.5 is not a number from 0 to 1"),
     (chat(("user", "Q"), ("assistant", "A", float("nan"))), "weight nan is not a number"),
-    (chat(("user", "Q"), ("assistant", "A", "1")), "weight '1' is not a number from 0 to 1"),
+    (chat(("user", "Q"), ("assistant", "A", "x")), "weight 'x' is not a number from 0 to 1"),
     (chat(("user", "Q", 0.5), ("assistant", "A")), "message 0: weight 0.5 on a user message"),
     ({"conversations": {"from": ["human"]}}, NOT_TURNS),
     ({"conversations": [["human", "Q"]]}, NOT_TURNS),

@@ -57,6 +57,7 @@ def test_docstring_examples_are_right():
 @pytest.mark.parametrize("key, value, percent", [
     ("weight", 0, 0), ("weight", 1, 100), ("weight", 0.5, 50), ("weight", None, 100),
     ("weight", False, 0), ("loss_weight", 0.25, 25), ("sample_weight", 0, 0), ("lossWeight", 0, 0),
+    ("weight", "0", 0), ("weight", "0.50", 50), ("loss_weight", " 1 ", 100), ("skip", "1", 0),
     ("loss_scale", 0.5, 50), ("train", False, 0), ("train", True, 100), ("train", "no", 0),
     ("train", "", 100), ("Train", "False", 0), ("trainable", 0, 0), ("training", "mask", 0),
     ("train_on_turn", False, 0), ("is_train", False, 0), ("loss", False, 0), ("loss", "True", 100),
@@ -112,7 +113,8 @@ def test_earlier_answer_of_parts_is_context_under_last_turn(bytes_encoding):
 
 
 @pytest.mark.parametrize("key, value", [
-    ("weight", 2), ("weight", -1), ("weight", float("nan")), ("weight", "0"), ("weight", [0, 1]),
+    ("weight", 2), ("weight", -1), ("weight", float("nan")), ("weight", "2"),
+    ("weight", "nan"), ("weight", [0, 1]),
     ("loss", 0.3), ("loss", [0, 1]), ("train", "some"), ("train", {"begin": 0}), ("mask", True),
     ("mask", 0), ("mask", "Assistant"), ("loss_mask", [1, 1, 0]), ("completion_mask", [0, 1]),
     ("assistant_masks", [[0, 1]]), ("token_weights", [0.5]), ("spans", [[0, 4]]),
@@ -145,15 +147,19 @@ def test_keys_that_agree_are_one_weight(bytes_encoding):
         assert weights_of(bytes_encoding, chat(**given))["A"] == percent
 
 
-def test_only_answers_can_be_trained(bytes_encoding):
+def test_only_answers_can_be_trained_and_leaving_it_out_there_keeps_it_for_the_answers():
     """axolotl can train a user's turn; here it is refused. That it is not trained goes anyway."""
     for key, value in (("train", False), ("weight", 0), ("masked", True), ("masked", False)):
-        assert weights_of(bytes_encoding, {"messages": [Q | {key: value}, A]}) == {"Q": 0, "A": 100}
-    for key, value in (("train", True), ("weight", 0.5), ("loss_mask", 1)):
-        row = {"messages": [Q | {key: value}, A | {key: value}]}
-        message = refusal(row)
-        assert message.startswith(f"message 0: {key} {value} on a user message")
-        assert messages_of(row, Reading(**flags_in(message))) == [Q, A]
+        assert messages_of({"messages": [Q | {key: value}, A]}) == [Q, A]
+    for key, value, weight in (("train", True, 0), ("weight", 0.5, 0.5), ("loss_mask", 1, 0)):
+        answers = [A | {key: 0.5 if key == "weight" else False}, B]
+        for question in (Q | {key: value}, Q | {"content": [{"text": "Q", key: value}]}):
+            row = {"messages": [question, answers[0], R, answers[1]]}
+            message = refusal(row)
+            assert message.startswith(f"message 0: {key} {value} on a user message")
+            assert message.endswith(f"--ignore user.{key}")
+            assert messages_of(row, Reading(**flags_in(message))) == [
+                Q, A | {"weight": weight}, R, B]
     assert messages_of(PAIR | {"mask": "User"}) == [Q, A]  # NeMo's way to say what is usual
 
 
@@ -200,6 +206,15 @@ def test_metadata_of_a_message_is_not_used(key, value):
     assert messages_of(chat(**{key: value})) == [Q, A, R, B]
 
 
+@pytest.mark.parametrize("key, value", [
+    ("quality", "bad"), ("rating", -1), ("feedback", "👎"), ("status", "rejected"),
+    ("vote", "down"), ("score_label", "incorrect"), ("thumbs_down", 1)])
+def test_feedback_on_a_message_is_an_error_until_it_is_ignored(key, value):
+    message = refusal(chat(**{key: value}))
+    assert message.startswith(f"`{key}` is {value!r} in a message")
+    assert messages_of(chat(**{key: value}), Reading(**flags_in(message))) == [Q, A, R, B]
+
+
 # ----- feedback on a row -------------------------------------------------------------------------
 
 
@@ -211,7 +226,14 @@ def test_metadata_of_a_message_is_not_used(key, value):
     ("feedback", "negative", "positive"), ("feedback", "👎", "👍"), ("feedback", -1, 1),
     ("chosen", False, True), ("rejected", True, False), ("is_rejected", "true", "false"),
     ("desirable", "no", "yes"), ("passed", False, True), ("verified", False, True),
-    ("isGood", False, True), ("wrong", 1, 0), ("keep", False, True), ("discarded", True, False)])
+    ("isGood", False, True), ("wrong", 1, 0), ("keep", False, True), ("discarded", True, False),
+    ("rating", "bad", "good"), ("human_rating", "👎", "👍"), ("human_rating", "👎🏽", 5),
+    ("preference", "rejected", "chosen"), ("thumb", "down", "up"), ("thumbs", "Thumbs down", ""),
+    ("status", "rejected", "accepted"), ("status", "deleted", "active"), ("vote", -1, 1),
+    ("review_status", "Failed", "Passed"), ("outcome", "fail", "pass"), ("upvote", False, True),
+    ("quality", "low", "high"), ("answer_quality", "not good", "fine"), ("rating", -1, 5),
+    ("final_verdict", "incorrect", "correct"), ("unhelpful", True, False), ("vote", "-1", "1"),
+    ("annotator_2", "thumbs_down", None)])
 def test_row_marked_as_bad_is_refused_and_both_ways_out_work(jsonl, command, tmp_path, key, bad,
                                                             good):
     rows = [PAIR | {key: bad}, PAIR | {"prompt": "R", key: good}]
@@ -231,7 +253,12 @@ def test_row_marked_as_bad_is_refused_and_both_ways_out_work(jsonl, command, tmp
 @pytest.mark.parametrize("key, value", [
     ("label", 3), ("label", 0), ("label", "sports"), ("label", "negative"), ("label", [0, 1]),
     ("label", None), ("correctness", 0), ("thumbs_down", False), ("rejected", False),
-    ("feedback", "short"), ("score", 0), ("rating", -1), ("toxic", True), ("redacted", True)])
+    ("feedback", "short"), ("score", 0), ("score", -1), ("toxic", True), ("redacted", True),
+    ("rating", 1), ("stars", 1), ("star_rating", 0), ("vote", 0), ("quality", "medium"),
+    ("label", "spam"), ("label", "low"), ("category", "bad"), ("sentiment", "negative"),
+    ("input_quality", "poor"), ("question_status", "rejected by"), ("difficulty", "low"),
+    ("status", "done"), ("No", 1), ("index", 0), ("helpfulness", 0), ("uninstall", True),
+    ("feedback", "Not bad, but not good"), ("outcome", 0.0), ("is_negative", True)])
 def test_class_or_score_of_a_row_says_nothing_about_training(key, value):
     assert messages_of(PAIR | {key: value}) == [Q, A]
 
@@ -256,7 +283,9 @@ def test_labels_0_and_1_may_be_feedback_and_need_a_decision(jsonl, command, tmp_
 
 
 @pytest.mark.parametrize("row", [PAIR, chat(), {"text": "x"}], ids=["pair", "chat", "text"])
-@pytest.mark.parametrize("value", ["x" * 65, LONG, ["short", LONG], [["x" * 65]]], ids=str)
+@pytest.mark.parametrize("value", [
+    "x" * 65, LONG, ["short", LONG], [["x" * 65]], {"note": LONG}, [{"by": "me", "note": LONG}],
+    {"a": {"b": [LONG]}}], ids=str)
 def test_string_longer_than_a_label_is_an_error_until_it_is_mapped_or_ignored(row, value):
     message = refusal(row | {"remarks": value})
     assert message.startswith("`remarks` holds text that would be lost: ")
@@ -277,7 +306,8 @@ def test_long_string_of_a_message_is_an_error_too():
 @pytest.mark.parametrize("key, value", [
     ("remarks", LIKE_A_LABEL), ("remarks", " ".join("abcdefgh")), ("remarks", None),
     ("remarks", "https://example.org/" + "x" * 99), ("source_url", LONG), ("prompt_id", LONG),
-    ("title", LONG), ("seed", LONG), ("model", LONG), ("meta", LONG), ("n", 7), ("flag", False)])
+    ("title", LONG), ("seed", LONG), ("model", LONG), ("meta", LONG), ("n", 7), ("flag", False),
+    ("meta", {"note": LONG}), ("origin", {"url": LONG, "title": LONG, "n": 3, "by": "me"})])
 def test_labels_and_known_metadata_of_a_row_are_not_used(key, value):
     assert messages_of(PAIR | {key: value}) == [Q, A]
 

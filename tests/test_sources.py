@@ -142,6 +142,8 @@ EXAMPLES = [row for rows in FORM_EXAMPLES.values() for row in rows]
     {"conversation": "", "messages": {}, "question": "Q", "answer": "A"},
     {"messages": [QUESTION | {"role": "User"}, ANSWER | {"role": "ASSISTANT"}]},
     {"messages": [QUESTION | {"role": "Human:"}, ANSWER | {"role": "<|assistant|>"}]},
+    {"messages": [QUESTION | {"role": "\tuser "}, ANSWER | {"role": "assistant\n"}]},
+    {"conversation": [{"user": "Q"}, {"assistant": "A"}]},
     {"conversations": [{"from": "Human", "value": "Q"}, {"from": "GPT", "value": "A"}]},
     {"conversation": [{"speaker": "user", "text": "Q"}, {"speaker": "AI", "text": "A"}]},
     {"conversation": [{"input": "Q", "output": "A"}]},  # Capybara
@@ -198,6 +200,7 @@ def test_turns_of_question_and_answer_may_have_a_system_text_and_an_input():
     ["A"], {"type": "text", "text": "A"}, [{"text": "A"}], [{"type": "Text", "text": "A"}],
     [{"type": "output_text", "text": "A", "annotations": []}], [{"type": "text", "content": "A"}],
     [{"type": "text", "text": "A", "cache_control": {"type": "ephemeral"}, "index": None}],
+    [{"type": "text", "text": {"value": "A", "annotations": []}}],  # OpenAI's Assistants
     ["", {"type": "input_text", "text": "A"}]], ids=str)
 def test_part_that_is_text_is_read_in_any_form(content):
     assert messages_of({"messages": [QUESTION, ANSWER | {"content": content}]}) == [
@@ -207,7 +210,7 @@ def test_part_that_is_text_is_read_in_any_form(content):
 @pytest.mark.parametrize("part", [
     {"type": kind, "text": "secret"} for kind in ("reasoning", "thinking", "refusal", "tool_use")
 ] + [{"type": "thinking", "thinking": "secret"}, {"type": ["text"], "text": "x"}, {"type": "text"},
-     {"type": "text", "text": ["x"]}, 7, None], ids=str)
+     {"type": "text", "text": ["x"]}, {"type": "text", "text": {"x": "y"}}, 7, None], ids=str)
 def test_part_of_another_type_is_refused_although_it_has_a_text(part):
     kind = part["type"] if isinstance(part, dict) else part
     with pytest.raises(UserError, match=re.escape(f"message 1 has a part of type {kind!r}; the")):
@@ -223,8 +226,18 @@ def test_text_beside_that_of_a_part_is_not_lost():
 @pytest.mark.parametrize("start, end", [
     ("### Human:", "### Assistant:"), ("<|im_start|>user\n", "<|im_start|>assistant\n"),
     ("<s>[INST]", "[/INST]"), ("\n\nHuman:", "\n\nAssistant:"), ("USER:", "ASSISTANT:"),
-    ("Below is an instruction that", "### Response:"), ("<|user|>", "<|assistant|>"),
-    ("<|begin_of_text|><|start_header_id|>user", "<|start_header_id|>assistant")])
+    ("Below is an instruction that…\n\n### Instruction:", "### Response:"),
+    ("<|user|>", "<|assistant|>"), ("<|User|>", "<|Assistant|>"), ("user:", "\nassistant:"),
+    ("<|begin_of_text|><|start_header_id|>user", "<|start_header_id|>assistant"),
+    ("<\uff5cbegin of sentence\uff5c>You are kind<\uff5cUser\uff5c>", "<\uff5cAssistant\uff5c>"),
+    ("A chat between a user and an artificial intelligence assistant. USER:", "ASSISTANT:"),
+    ("System: Be brief.\nUser:", "\nAssistant:"), ("### Question:", "\n### Answer:"),
+    ("<|start|>system<|message|>Be brief.<|end|><|start|>user<|message|>", "<|start|>assistant"),
+    ("<extra_id_0>System\n\n<extra_id_1>User\n", "<extra_id_1>Assistant\n"),
+    ("[|Human|]", "[|AI|]"), ("<human>:", "<bot>:"),
+    ("<start_of_turn>user\n", "<start_of_turn>model\n"),
+    ("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user", "<|im_start|>assistant"),
+    ("The following is a talk with an AI.\n\nHuman:", "\nAI:")])
 def test_chat_in_another_template_is_text_only_if_the_user_says_so(start, end):
     """With one of the two marks, or later in the text, it is text like any other."""
     text = f"{start} Q {end} A"
@@ -234,6 +247,17 @@ def test_chat_in_another_template_is_text_only_if_the_user_says_so(start, end):
     assert messages_of({"text": text}, Reading(columns=columns)) == text
     for text in (f"{start} Q", f"A {end}", f"See {start} and {end}"):
         assert messages_of({"text": text}) == text
+
+
+@pytest.mark.parametrize("text", [
+    "HAMLET: To be, or not to be?\nOPHELIA: Good my lord.", "MODEL: X200\nUSER MANUAL: none",
+    "Question: What is it?\nAnswer: A robot.", "Users: 7\nAssistants: 3", "user_id: 1\nAI: no",
+    "# How to prompt\n\nWrite `User:` first.\n\nUser: hi\nAssistant: hello",
+    "def prompt(q):\n    return f'User: {q}\\nAssistant:'", "<p>User</p>\n<p>Assistant</p>",
+    "The user asked: why? The assistant: because.", "You are here. The users: 3. An assistant: 1.",
+    "The system was slow. Its user: a nurse. Her assistant: a robot.", "# User: a\n# Assistant: b"])
+def test_prose_plays_code_and_markdown_are_text(text):
+    assert messages_of({"text": text}) == text
 
 
 def test_answers_in_the_prompt_of_a_prompt_completion_row_are_context():
