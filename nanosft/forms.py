@@ -214,11 +214,11 @@ def messages_of(row: dict, reading: Reading | None = None, counts: Counts | None
         raise UserError(f"expected an object, not a {type(row).__name__}")
     reading, counts = reading or Reading(), Counts() if counts is None else counts
     columns, unused = map_columns(row, reading)
-    form, names = form_of(columns, reading)
+    form, names = find_form(frozenset(columns), frozenset(reading.mapping))
     if not REFUSED.isdisjoint(columns):
         refuse_by_name(columns, form, reading)
     if form is None:
-        raise UserError(f"unknown form with keys {show(sorted(row))}, not null: "
+        raise UserError(f"unknown form with keys {show(sorted(row))}, not empty: "
                         f"{show(sorted(columns))}; see the forms in data/README.md, or say which "
                         "is which: --columns prompt=…,response=…")
     values, weight = [columns.pop(name) for name in names], None
@@ -253,8 +253,11 @@ def scaled(turn: dict, weight: float | None) -> dict:
 
 
 def map_columns(row: dict, reading: Reading) -> tuple[dict, dict]:
-    """(columns under their names in a form, columns not to be used), both without nulls."""
-    columns = {name: value for name, value in row.items() if value is not None}
+    """(columns under their names in a form, columns not to be used: [value]), both without nulls
+    and what is as good as null: empty lists, and empty chats as strings.
+    """
+    columns = {name: value for name, value in row.items() if value not in (None, [], {})
+               and not (name in CHATS and value in ("", "[]"))}
     for name, column in reading.mapping.items():
         if column not in row:
             raise UserError(f"--columns {name}={column}: no such column; there are "
@@ -266,14 +269,6 @@ def map_columns(row: dict, reading: Reading) -> tuple[dict, dict]:
     for column in reading.mapping.values():
         columns.pop(column, None)
     return columns | mapped, unused
-
-
-def form_of(columns: dict, reading: Reading) -> tuple[Form | None, list[str]]:
-    """`find_form`, but an empty list or an empty chat beside another form is as good as absent."""
-    names = frozenset(name for name, value in columns.items() if value not in ([], {})
-                      and not (name in CHATS and value in ("", "[]")))
-    form, found = find_form(names, frozenset(reading.mapping))
-    return (form, found) if form else find_form(frozenset(columns), frozenset(reading.mapping))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -507,34 +502,41 @@ def check_unused(unused: dict[str, list], messages: list[dict] | str, free: str 
 
 
 def what_is_lost(name: str, value, unused: dict, texts: list) -> str | None:
-    """What an unused value holds that may matter to training; None: nothing. texts: those in use.
-    """
+    """What an unused value holds that may matter to training, if anything. texts: those in use."""
     key, in_message = name.removeprefix(MESSAGE_KEY), name.startswith(MESSAGE_KEY)
     if in_message and (marks_bad_answer(key, value) or (not says_nothing(key, FACTS) and (
             is_number(value) or word(value) in ("true", "false")))):
         return f"is {show(value, 40)} in a message, which may say what to train"
     if hidden := hidden_instruction(value):
         return f"holds `{hidden}`, which may say what to train"
-    if not holds_text(value) or value in texts:  # UltraChat's `prompt` repeats the first message
-        return None
     is_text = key.lower() in TEXT_NAMES or (in_message and key.lower() in MEDIA)
-    is_magpie = key in MAGPIE and MAGPIE <= unused.keys()
-    if is_text or not (is_magpie or all(repeats(text, texts) for text in long_texts(key, value))):
-        return f"holds text that would be lost: {show(value)}"
+    if not is_text and (says_nothing(key, TITLES) or (key in MAGPIE and MAGPIE <= unused.keys())):
+        return None
+    for inner, text in strings_in(value, key):
+        if value not in texts and (is_text or not (  # UltraChat's `prompt` is the first message
+                is_label(text) or says_nothing(inner, TITLES) or repeats(text, texts))):
+            return f"holds text that would be lost: {show(value)}"
     return None
 
 
-def long_texts(key: str, value) -> Iterator[str]:
-    """The strings in a value that are longer than a label, and neither URLs nor metadata."""
-    if says_nothing(key, TITLES):
-        return
+def strings_in(value, key: str = "") -> Iterator[tuple[str, str]]:
+    """(key, string) of each string in a value that is not blank."""
     if isinstance(value, str):
-        if (len(value) > 64 or len(value.split()) > 8) and not re.fullmatch(r"\w+://\S+", value):
-            yield value
+        if value.strip() not in ("", "[]", "{}", "null"):
+            yield key, value
     elif isinstance(value, dict | list | tuple):
-        items = value.items() if isinstance(value, dict) else ((key, item) for item in value)
-        for inner_key, item in items:
-            yield from long_texts(inner_key, item)
+        for inner, item in value.items() if isinstance(value, dict) else ((key, v) for v in value):
+            yield from strings_in(item, inner)
+
+
+def holds_text(value) -> bool:
+    return any(True for _ in strings_in(value))
+
+
+def is_label(text: str) -> bool:
+    """At most 64 characters and 8 words; or a URL."""
+    return ((len(text) <= 64 and (len(text) < 17 or len(text.split()) <= 8))
+            or re.fullmatch(r"\w+://\S+", text) is not None)
 
 
 def repeats(text: str, texts: list) -> bool:
@@ -546,12 +548,6 @@ def repeats(text: str, texts: list) -> bool:
     held = [used for used in texts if re.search(rf"(?<!\w){re.escape(used)}(?!\w)", text)]
     return (any(text in used for used in texts) or any(len(used) >= 10 for used in held)
             or len(held) == len(texts) > 1)
-
-
-def holds_text(value) -> bool:
-    if isinstance(value, dict | list | tuple):
-        return any(map(holds_text, value.values() if isinstance(value, dict) else value))
-    return isinstance(value, str) and value.strip() not in ("", "[]", "{}", "null")
 
 
 FIRST_ROWS = 1000
