@@ -129,8 +129,9 @@ def read_text(names: list[str], values: list, unused: dict, reading: Reading) ->
     text = values[0]
     if not isinstance(text, str) or not text:
         raise UserError(f"`text` is {show(text) if text else 'empty'}, not a string")
-    if "text" not in reading.mapping and (mark := rendered_mark(text)):
-        raise UserError(f"`text` is a chat in another template, it begins with {mark!r}; make it "
+    chat = None if "text" in reading.mapping else RENDERED.match(text)
+    if chat and ANSWERS.search(text, chat.end()):
+        raise UserError(f"`text` is a chat in another template, with {show(chat[1])}; make it "
                         "{messages} rows, or train it as plain text, marks and questions included: "
                         "--columns text=text")
     return text
@@ -323,12 +324,6 @@ def better_answer(columns: dict, worse: str, reading: Reading) -> str:
     return f"{reading.mapping_to(*pairs)} {ignoring}"
 
 
-def rendered_mark(text: str) -> str | None:
-    """The mark with which a chat of another template begins, if it has both roles."""
-    start = RENDERED.match(text)
-    return start[1] if start and ANSWERS.search(text, start.end()) else None
-
-
 def read_turns(column: str, turns, unused: dict, reading: Reading) -> list[dict]:
     """A list of messages, of strings (user and assistant in turn), or either as a JSON string.
 
@@ -469,12 +464,11 @@ class UnusedError(UserError):
         keys = [name.removeprefix(MESSAGE_KEY) for name in lost]
         ends = itertools.accumulate(len(key) + 1 for key in keys)
         fitting = [key for key, end in zip(keys, ends) if end <= 150] or keys[:1]
-        what = f"`{keys[0]}` {lost[next(iter(lost))]}; {use}leave it out"
+        what = f"`{keys[0]}` {next(iter(lost.values()))}; {use}leave it out"
         if len(keys) > 1:
             some = "" if len(fitting) == len(keys) else f", {len(fitting)} of them first,"
-            others = f"{len(keys) - 1} other{'s' * (len(keys) > 2)}"
-            what = (f"`{keys[0]}` and {others} are not used, but hold text or "
-                    f"flags; map them with --columns, or leave them out{some}")
+            what = (f"`{keys[0]}` and {len(keys) - 1} more are not used, but hold text or flags; "
+                    f"map them with --columns, or leave them out{some}")
         super().__init__(f"{what} with {reading.ignoring(*fitting)}")
 
 
@@ -491,8 +485,8 @@ def check_unused(unused: dict[str, list], messages: list[dict] | str, free: str 
     for name, values in unused.items():
         counts["unused", name] += holds_text(values)
         if name.removeprefix(MESSAGE_KEY) not in reading.ignore:
-            found = (what_is_lost(name, value, unused, texts) for value in values)
-            if what := next(filter(None, found), None):
+            whats = (what_is_lost(name, value, unused, texts) for value in values)
+            if what := next(filter(None, whats), None):
                 lost[name] = what
     if lost:
         name = next(iter(lost))
@@ -535,14 +529,12 @@ def holds_text(value) -> bool:
 
 def is_label(text: str) -> bool:
     """At most 64 characters and 8 words; or a URL."""
-    return ((len(text) <= 64 and (len(text) < 17 or len(text.split()) <= 8))
-            or re.fullmatch(r"\w+://\S+", text) is not None)
+    return (len(text) <= 64 and len(text.split()) <= 8) or bool(re.fullmatch(r"\w+://\S+", text))
 
 
 def repeats(text: str, texts: list) -> bool:
-    """Whether a string says nothing new: it lies in a text that is used, or renders them.
-
-    Alpaca's `text` holds the prompt and the answer. One of them suffices unless it is short.
+    """Whether a string lies in a text that is used, or renders them, as Alpaca's `text` does: it
+    holds the prompt and the answer, or one of them that is not short.
     """
     texts = [used for used in texts if isinstance(used, str) and used]
     held = [used for used in texts if re.search(rf"(?<!\w){re.escape(used)}(?!\w)", text)]
@@ -574,7 +566,7 @@ def examined(rows: Iterable[tuple], reading: Reading, is_strict: bool = True) ->
 
 
 def refuse_unused(rows: Iterable[tuple], reading: Reading, is_strict: bool) -> None:
-    lost, use, where = {}, "", None
+    lost, use, where = {}, "", ""
     for *_, place, row in rows:
         try:
             messages_of(row, reading)

@@ -33,20 +33,12 @@ def word(value):
     >>> word(False), word(" -0.5 "), word("Thumbs-down!"), word([])
     (False, -0.5, 'thumbs_down', None)
     """
-    if isinstance(value, str):
-        return word_of(value) if len(value) <= 24 else None
-    return value if isinstance(value, int | float) else None
-
-
-@functools.lru_cache(maxsize=4096)
-def word_of(text: str) -> str | float:
-    text = text.strip(" \t\r\n.!\ufe0f🏻🏼🏽🏾🏿").lower()  # without the shade of an emoji
-    if not re.match(r"[-+.]?\d", text):
-        return re.sub(r"[\s-]+", "_", text)
-    try:
+    if not isinstance(value, str) or len(value) > 24:
+        return value if isinstance(value, int | float) else None
+    text = value.strip(" \t\r\n.!\ufe0f🏻🏼🏽🏾🏿").lower()  # without the shade of an emoji
+    if re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)", text):
         return float(text)
-    except ValueError:
-        return text
+    return text.replace(" ", "_").replace("-", "_")
 
 
 def show(value, limit: int = 80) -> str:
@@ -183,8 +175,8 @@ ABOUT_PROMPT = names("input prompt question query instruction problem sentiment"
 
 
 def is_bad(text: str) -> bool:
-    return text in BAD or any(text.startswith(no) and text.removeprefix(no) in GOOD
-                              for no in NEGATIONS)
+    return text in BAD or any(text.removeprefix(no) in GOOD for no in NEGATIONS if
+                              text.startswith(no))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -207,19 +199,17 @@ def verdict_in(key: str) -> str | None:
 
 def marks_bad_answer(key: str, value) -> bool:
     """
-    >>> marks_bad_answer("is_correct", 0), marks_bad_answer("quality", "low")
-    (True, True)
-    >>> marks_bad_answer("label", 0), marks_bad_answer("stars", 1)
-    (False, False)
+    >>> marks_bad_answer("is_correct", 0), marks_bad_answer("label", 0)
+    (True, False)
     """
     verdict, said = verdict_in(key), word(value)
+    if verdict is None or said in EVERYWHERE:
+        return said in EVERYWHERE
     if verdict == "bad":
         return BOOLEANS.get(said) is True
-    if verdict is None or said is None or isinstance(said, bool):
-        return said in EVERYWHERE or (verdict is not None and said is False)
-    if isinstance(said, int | float):
-        return verdict != "label" and (said == -1 or (verdict == "good" and said == 0))
-    return (is_bad(said) or said in BAD_VALUES) and not (verdict == "label" and said in CLASSES)
+    if isinstance(said, str):
+        return (is_bad(said) or said in BAD_VALUES) and (verdict != "label" or said not in CLASSES)
+    return said is False or (said == -1 and verdict != "label") or (said == 0 and verdict == "good")
 
 
 def check_feedback(columns: dict, decided: set[str], reading) -> None:

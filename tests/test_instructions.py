@@ -344,7 +344,7 @@ def test_one_error_names_all_keys_of_the_first_rows_and_its_ignore_is_complete(p
             PAIR | {"cot": "So", "delta": LONG, "alpha": LONG}]
     result = prepare(rows, "--ignore", "delta")
     assert result.code == 2 and result.err.count("\n") == 1
-    assert "a.jsonl line 2: `alpha` and 3 others are not used" in result.err
+    assert "a.jsonl line 2: `alpha` and 3 more are not used" in result.err
     assert result.err.endswith("with --ignore delta alpha gold 'b c' cot\n")
     ignore = shlex.split(result.err[result.err.index("--ignore") :])
     assert "4 kept, 0 rejected" in prepare(rows, *ignore).out
