@@ -114,8 +114,7 @@ def test_long_runs_of_white_space_have_the_ids_that_tiktoken_gives(gpt2, text):
     """Here a run is long from two characters on, which tiktoken can take as well."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(long_text, "LONGEST_RUN", 2)
-        patch.setattr(long_text, "LONG_RUN",
-                      re.compile(long_text.LONG_RUN.pattern.replace("100000", "2")))
+        patch.setattr(long_text, "CUT", re.compile(long_text.CUT.pattern.replace("100000", "2")))
         assert gpt2.encode_ordinary(text) == tiktoken.Encoding.encode_ordinary(gpt2, text)
 
 
