@@ -45,7 +45,8 @@ class Report:
         for name, split in splits.items():
             if split["trained_tokens"]:
                 continue
-            what, why = "is empty", "no rows"
+            sources = config.val_source if name == "val" else config.source
+            what, why = "is empty", f"no rows in {', '.join(sources)}"
             if split["tokens"]:
                 what, why = "has no token in the loss", "every answer in it has weight 0"
             elif name == "val" and not config.val_source:
@@ -90,6 +91,8 @@ class Report:
         reasons, sources, unused = map(self.of, ("rejected", "source", "unused"))
         n_bad, n_kept = sum(reasons.values()), sum(sources.values())
         print(f"read {n_kept + n_bad:,} rows: {n_kept:,} kept, {n_bad:,} rejected")
+        if not self.has_chats:
+            print("all rows are plain text, which no --template renders: all of it is in the loss")
         for line in self.bad:
             print(one_line(f"  rejected {line}"))
         for reason, n in list(reasons.items())[:10] if n_bad > len(self.bad) else []:
