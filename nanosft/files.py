@@ -2,13 +2,11 @@
 
 import collections
 import csv
-import glob
 import io
 import itertools
 import json
 import os
 import re
-import shlex
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -39,16 +37,14 @@ def format_of(path: str | Path) -> str:
 
 
 def require_file(path: Path, formats: Iterable[str]) -> Path:
-    """The path. UserError if there is no such file, or none of these formats."""
+    """The path. UserError if it is not a file of one of these formats."""
     if not path.is_file():
-        hub = "" if format_of(path) else "; a dataset on the hub has an owner, as openai/gsm8k"
-        raise UserError(f"{path}: no such file{hub}")
+        raise UserError(f"{path}: a broken link, or not a regular file; pass the file itself")
     if path.stat().st_size == 0:
         raise UserError(f"{path}: the file is empty")
     if format_of(path) not in formats:
-        *names, last = formats
-        raise UserError(f"{path}: expected a file of {', '.join(names)}, or {last} (also "
-                        f"{', '.join(COMPRESSIONS)})")
+        raise UserError(f"{path}: expected one of {', '.join(formats)} (or of these in "
+                        f"{', '.join(COMPRESSIONS)}); convert it")
     with path.open("rb") as file:
         if file.read(40).startswith(b"version https://git-lfs.github.com/spec/"):
             raise UserError(f"{path}: a Git LFS pointer, not the file itself; run `git lfs pull`")
@@ -99,33 +95,26 @@ def open_text(path: Path, **options) -> io.TextIOWrapper:
     return io.TextIOWrapper(file, json.detect_encoding(file.peek(4)[:4]), **options)
 
 
-def decode_jsonl(path: Path) -> Iterator[tuple[Place, dict | UserError]]:
+def decode_json(path: Path) -> Iterator[tuple[Place, dict | UserError]]:
+    """One object per line, or one list of objects, whatever the name says."""
     with open_bytes(path) as file:
-        is_utf8 = json.detect_encoding(file.peek(4)[:4]).startswith("utf-8")
+        start = file.peek(64)[:64]
+        encoding = json.detect_encoding(start)
+        if start.decode(encoding, "ignore").lstrip().startswith("["):
+            rows = json.loads(file.read())
+            yield from ((Place(str(path), "row", i), row) for i, row in enumerate(rows, start=1))
+            return
         # json decodes a line of UTF-8 itself, so bad bytes cost one row and not the file
-        for number, line in enumerate(file if is_utf8 else open_text(path, newline="\n"), start=1):
+        lines = file if encoding.startswith("utf-8") else open_text(
+            path, newline="\n", errors="surrogatepass")
+        for number, line in enumerate(lines, start=1):
             if line.strip():
                 try:
                     row = json.loads(line)
                 except (ValueError, RecursionError) as error:
-                    row = UserError(f"not JSON ({error})")
+                    row = UserError(f"not JSON ({error}); expected an object per line, or one "
+                                    "list of objects")
                 yield Place(str(path), "line", number), row
-
-
-def decode_json(path: Path) -> Iterator[tuple[Place, dict | UserError]]:
-    """A list of rows; or one object per line, under the wrong name."""
-    with open_bytes(path) as file:
-        content = file.read()
-    try:
-        rows = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        if getattr(error, "msg", "") == "Extra data" and error.doc.lstrip().startswith("{"):
-            return (yield from decode_jsonl(path))
-        raise UserError(f"{path}: not JSON ({error}); name it .jsonl if it holds one object per "
-                        "line") from error
-    if not isinstance(rows, list):
-        raise UserError(f"{path}: expected a top-level list of rows, not a {type(rows).__name__}")
-    yield from ((Place(str(path), "row", i), row) for i, row in enumerate(rows, start=1))
 
 
 def decode_csv(path: Path) -> Iterator[tuple[Place, dict | UserError]]:
@@ -148,28 +137,22 @@ def decode_csv(path: Path) -> Iterator[tuple[Place, dict | UserError]]:
             yield Place(str(path), "line", rows.line_num), row
 
 
-def decode_parquet(path: Path) -> Iterator[tuple[Place, dict | UserError]]:
+def decode_table(path: Path) -> Iterator[tuple[Place, dict | UserError]]:
+    """A parquet file; or a stream of batches, as `Dataset.save_to_disk` writes it."""
     import pyarrow.parquet
 
-    with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as file:
-        yield from rows_of(path, file.iter_batches(1000))
-
-
-def decode_arrow(path: Path) -> Iterator[tuple[Place, dict | UserError]]:
-    """A stream of batches, as `Dataset.save_to_disk` writes it."""
-    import pyarrow
-
-    def valid(batch):
-        batch.validate(full=True)  # reading at a damaged offset would end the process
-        return batch
-
+    numbers = itertools.count(1)
     with pyarrow.OSFile(str(path)) as file:
-        yield from rows_of(path, map(valid, pyarrow.ipc.open_stream(file)))
-
-
-def rows_of(path: Path, batches: Iterable) -> Iterator[tuple[Place, dict | UserError]]:
-    rows = itertools.chain.from_iterable(map(decode_batch, batches))
-    yield from ((Place(str(path), "row", i), row) for i, row in enumerate(rows, start=1))
+        if format_of(path) == ".parquet":
+            batches = pyarrow.parquet.ParquetFile(
+                file, page_checksum_verification=True).iter_batches(1000)
+        else:
+            batches = pyarrow.ipc.open_stream(file)
+        for batch in batches:
+            if format_of(path) == ".arrow":
+                batch.validate(full=True)  # reading at a damaged offset would end the process
+            for row in decode_batch(batch):
+                yield Place(str(path), "row", next(numbers)), row
 
 
 def decode_batch(batch) -> list[dict | UserError]:
@@ -181,9 +164,9 @@ def decode_batch(batch) -> list[dict | UserError]:
         return [row for i in range(len(batch)) for row in decode_batch(batch.slice(i, 1))]
 
 
-ROW_FORMATS = {".jsonl": decode_jsonl, ".ndjson": decode_jsonl, ".json": decode_json,
-               ".csv": decode_csv, ".tsv": decode_csv, ".parquet": decode_parquet,
-               ".arrow": decode_arrow}
+ROW_FORMATS = dict.fromkeys((".jsonl", ".ndjson", ".json"), decode_json)
+ROW_FORMATS |= dict.fromkeys((".csv", ".tsv"), decode_csv)
+ROW_FORMATS |= dict.fromkeys((".parquet", ".arrow"), decode_table)
 TEXT_FORMATS = (".txt", *ROW_FORMATS)  # of a corpus
 
 
@@ -213,36 +196,14 @@ def read_txt(path: Path, chunk_chars: int) -> Iterator[tuple[str, bool]]:
 
 # Words in the name of a file or folder that say of which split it is.
 # Source: huggingface/datasets, src/datasets/data_files.py, SPLIT_KEYWORDS
-SPLIT_WORDS = {"train": {"train", "training"}, "validation": {"validation", "valid", "dev", "val"},
-               "test": {"test", "testing", "eval", "evaluation"}}
-# Not data but about it, or what datasets writes beside it
-ABOUT = re.compile(r"(readme|licen[cs]e|notice|copying|citation|changelog|requirements)([-_]\w+)?"
-                   r"(\.(md|txt))?|(dataset_infos?|dataset_dict|state|config|metadata)\.json|"
-                   r"cache-\w+\.arrow", re.IGNORECASE)
-
-
-def folder_files(folder: Path, split: str, formats: Iterable[str]) -> list[Path]:
-    """The files of a split of a folder. UserError if it is not clear which ones those are.
-
-    What is left out, another split or a file that holds no rows, is printed.
-    """
-    splits, others = splits_by_name(folder, formats)
-    if split not in splits:
-        raise UserError(f"{folder}: no split {split!r} (there is: "
-                        f"{', '.join([*splits, *others]) or 'no file'}); name a split as "
-                        f"{folder}::{next(iter(splits), 'SPLIT')}, or pass the files one by one")
-    counts = collections.Counter(path.name[path.name.lower().rindex(format_of(path)) :]
-                                 for path in splits[split])
-    if len(counts) > 1:  # often the same rows twice, or a file without rows
-        there = ", ".join(f"{n} {ending}" for ending, n in counts.items())
-        pattern = shlex.quote(f"{glob.escape(str(folder))}/**/*{counts.most_common(1)[0][0]}")
-        raise UserError(f"{folder}: files of several formats ({there}); pass the files one by one"
-                        + (f", or one format as {pattern}" if len(splits) == 1 else ""))
-    left_out = [f"{folder}::{name}" for name in splits if name != split] + others
-    if left_out and os.environ.get("RANK", "0") == "0":
-        print(one_line(f"{folder}: reads {len(splits[split])} file(s) of split {split}; not read: "
-                       f"{', '.join(left_out)}"))
-    return splits[split]
+SPLITS = dict.fromkeys(("train", "training"), "train")
+SPLITS |= dict.fromkeys(("validation", "valid", "dev", "val"), "validation")
+SPLITS |= dict.fromkeys(("test", "testing", "eval", "evaluation"), "test")
+# Hidden files, texts about the data, and what datasets writes beside it
+NO_DATA = re.compile(
+    r"(.*/)?([.]|__).*|(.*/)?((readme|licen[cs]e|notice|copying|citation|changelog|requirements)"
+    r"([-_]\w+)?([.](md|txt))?|(dataset_infos?|dataset_dict|state|config|metadata)[.]json|"
+    r"cache-\w+[.]arrow)", re.IGNORECASE)
 
 
 def declares_files(folder: Path) -> bool:
@@ -251,34 +212,41 @@ def declares_files(folder: Path) -> bool:
     return readme.is_file() and b"\nconfigs:" in readme.read_bytes().partition(b"\n---")[0]
 
 
-def splits_by_name(folder: Path, formats: Iterable[str]) -> tuple[dict[str, list[Path]], list[str]]:
-    """({split: files}, names of files that hold no rows): the words of a path name its split.
+def folder_files(folder: Path, split: str, formats: Iterable[str]) -> list[Path]:
+    """The files of a split of a folder: `train` if their names have none. What is left out is
+    printed. UserError if there are none, or of several formats."""
+    names = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if not path.is_dir()]
+    names = [name for name in names if not NO_DATA.fullmatch(name.as_posix())]
+    splits = collections.defaultdict(list)
+    for name in names:
+        if format_of(name) in formats:
+            splits[split_of(name)].append(name)
+    if not splits:
+        raise UserError(f"{folder}: no files of {', '.join(formats)} in this folder (there is: "
+                        f"{', '.join(map(str, names)) or 'no data'}); pass another folder, or "
+                        "convert its files")
+    chosen = splits.get(SPLITS.get(split, split))
+    if chosen is None:
+        raise UserError(f"{folder}: no split {split!r} (there is: {', '.join(splits)}); name a "
+                        f"split as {folder}::{next(iter(splits))}, or pass the files one by one")
+    endings = {name.name[name.name.lower().rindex(format_of(name)) :] for name in chosen}
+    if len(endings) > 1:  # often the same rows twice, or a file without rows
+        raise UserError(f"{folder}: files of several formats ({', '.join(sorted(endings))}); pass "
+                        "those of one format, one by one or as a pattern")
+    if len(names) > len(chosen) and os.environ.get("RANK", "0") == "0":
+        others = ", ".join(str(name) for name in names if name not in chosen)
+        print(one_line(f"{folder}: reads {len(chosen)} file(s) of split {split}; not read: "
+                       f"{others}"))
+    return [folder / name for name in chosen]
 
-    Hidden files, caches, and texts about the data are left out of both.
-    """
-    splits, others = collections.defaultdict(list), []
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder)
-        if path.is_dir() or ABOUT.fullmatch(path.name) or any(
-                part.startswith((".", "__")) for part in name.parts):
-            continue
-        if format_of(path) in formats:
-            splits[split_of(name)].append(path)
-        else:
-            others.append(str(name))
-    unnamed = splits.pop(None, [])
-    if unnamed and splits:
-        raise UserError(f"{folder}: the name of {unnamed[0].relative_to(folder)} has no split, but "
-                        f"others have ({', '.join(splits)}); pass the files one by one")
-    return {"train": unnamed} if unnamed else dict(splits), others
 
-
-def split_of(name: Path) -> str | None:
+def split_of(name: Path) -> str:
     """The split of a file, from its name in its folder.
 
-    >>> split_of(Path("math/train/0001.jsonl")), split_of(Path("dev_set.csv"))
-    ('train', 'validation')
+    >>> [split_of(Path(name)) for name in ("math/test/1.jsonl", "dev_set.csv", "a.csv")]
+    ['test', 'validation', 'train']
     """
-    words = [set(re.split(r"[-._ 0-9]+", part.lower())) for part in name.parts]
-    return next((split for found in words for split in SPLIT_WORDS
-                 if found & SPLIT_WORDS[split]), None)
+    if name.suffix == ".arrow" and name.parent.name:  # save_to_disk names a folder by its split
+        return SPLITS.get(name.parent.name, name.parent.name)
+    words = re.split(r"[-._ 0-9/]+", name.as_posix().lower())
+    return next((SPLITS[word] for word in words if word in SPLITS), "train")

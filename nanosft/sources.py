@@ -46,11 +46,11 @@ def parse_source(source: str, subset: str | None = None) -> Source:
     >>> parse_source("openai/gsm8k:main:test*2")[:4]
     ('openai/gsm8k', 'main', 'test', 2)
     """
-    whole, repeats = source, "1"
-    base, star, n = source.rpartition("*")
-    if star and n.isdecimal() and not Path(source).exists() and (
-            glob.glob(base) or not glob.glob(source)):  # else a pattern, as part*2
-        whole, repeats = base, n
+    if not source.strip():  # a path "" would be the current folder
+        raise UserError(f"{source!r}: no such file; name what to read")
+    whole, star, repeats = source.rpartition("*")
+    if not star or not repeats.isdecimal() or Path(source).exists():
+        whole, repeats = source, "1"
     if int(repeats) < 1:
         raise UserError(f"{source}: *{repeats} must be *1 or more; leave the source out to read "
                         "none of it")
@@ -82,8 +82,12 @@ def names_in(source: Source, formats: Iterable[str]) -> list[str]:
     name, path = source.name, Path(source.name)
     paths = [path]
     if path.is_dir():
-        if source.config or files.declares_files(path):
+        if files.declares_files(path):
             return [name]
+        if source.config and source.given.startswith(f"{name}:{source.config}"):
+            split = files.SPLITS.get(source.config, source.split)
+            raise UserError(f"{source.given}: this folder has no configurations, which its "
+                            f"README.md would declare; name a split as {name}::{split}")
         paths = files.folder_files(path, source.split, formats)
     elif glob.has_magic(name) and not path.exists():
         paths = [path for path in map(Path, sorted(glob.glob(name, recursive=True)))
@@ -91,9 +95,11 @@ def names_in(source: Source, formats: Iterable[str]) -> list[str]:
         if not paths:
             raise UserError(f"{name}: no file matches this pattern; correct it, or write SOURCE*2 "
                             "to read a source twice")
-    elif not (path.exists() or files.format_of(path) in formats or "/" not in name
-              or name.startswith((".", "/", "~"))):
-        return [name]
+    elif not path.exists() and not path.is_symlink():
+        if "/" in name and files.format_of(path) not in formats and name[0] not in "./~":
+            return [name]
+        raise UserError(f"{source.given}: no such file, and no dataset on the hub, whose ids are "
+                        "like openai/gsm8k; correct the path or the id")
     return [str(files.require_file(path, formats)) for path in paths]
 
 
@@ -188,19 +194,16 @@ def read_hub(source: Source) -> Iterator[tuple[Place, dict]]:
             yield Place(given, "row", n), row
     except Exception as error:  # the hub raises many types; each means that nothing can be read
         reason = " ".join(str(error).split())[:140]
-        causes = (
-            ("gated" in reason, "a gated dataset", "accept its terms on its page, then `hf auth "
-                                                   "login`"),
-            (Path(name).is_dir(), f"cannot be read after row {n}",
-             f"name what exists as {name}:CONFIG:SPLIT, or pass the files one by one"),
-            (n, f"cannot be read after row {n}", "check the network and try again"),
-            (getattr(error, "filename", None), "cannot be cached",
-             "set HF_HOME to a folder that can be written"),
-            (re.search("split|config", reason, re.IGNORECASE), "cannot be read",
-             f"name one that exists: {name}:CONFIG:SPLIT"),
-            (True, "neither a local file nor a dataset on the hub",
-             "check the id and the network, or pass the path of a file"))
-        what, advice = next(cause[1:] for cause in causes if cause[0])
+        what, advice = f"cannot be read after row {n}", "check the network and try again"
+        if "gated" in reason:
+            what, advice = "a gated dataset", "accept its terms on its page, then `hf auth login`"
+        elif Path(name).is_dir() or (not n and re.search("split|config", reason, re.IGNORECASE)):
+            advice = f"name what exists as {name}:CONFIG:SPLIT, or pass the files one by one"
+        elif getattr(error, "filename", None):
+            what, advice = "cannot be cached", "set HF_HOME to a folder that can be written"
+        elif not n:
+            what = "neither a local file nor a dataset on the hub"
+            advice = "check the id and the network, or pass the path of a file"
         raise UserError(f"{given}: {what} ({reason}); {advice}") from error
 
 
@@ -244,33 +247,28 @@ def chunked(items: Iterable, limit: int, size_of: Callable = lambda item: 1) -> 
 def map_splits(work: Callable, config, report, rows_per_chunk: int) -> Iterator[tuple]:
     """(split, source, work(row, config, counts)) of the rows of --source and --val_source.
 
-    A source that is read N times is split once: training has the other rows N times, and none of
-    those in validation.
+    The copies of a row that is read N times stand together; one in validation has none.
     """
     train, val = (find_sources(names, config.subset)
                   for names in (config.source, config.val_source))
     check_overlap(train, val)
     fraction = 0 if val else config.val_fraction
-    picked = {source: bytearray() for source in train}  # of each row that can be used
-    results = map_rows(work, train, config, report, rows_per_chunk)
-    results = itertools.islice(results, config.max_examples)
-    for (source, result), is_val in mark_val(results, fraction, config.seed):
-        picked[source].append(is_val)
-        yield "val" if is_val else "train", source.given, result
+    for split, sources in (("train", train), ("val", val)):
+        results = map_rows(work, sources, config, report, rows_per_chunk)
+        results = first_copies(results, config.max_examples)
+        for (source, result, n), is_val in mark_val(results, fraction, config.seed):
+            for _ in range(1 if is_val else n):
+                yield "val" if is_val else split, source.given, result
 
-    again = [source for i in range(1, max(s.repeats for s in train)) for source in train
-             if source.repeats > i]
-    is_val = itertools.chain.from_iterable(picked[source] for source in again)
-    results = map_rows(work, again, config, report, rows_per_chunk)
-    results = (result for result, left_out in zip(results, is_val) if not left_out)
-    room = config.max_examples and config.max_examples - sum(map(len, picked.values()))
-    for source, result in itertools.islice(results, room):
-        yield "train", source.given, result
 
-    val = [source for source in val for _ in range(source.repeats)]
-    results = map_rows(work, val, config, report, rows_per_chunk)
-    for source, result in itertools.islice(results, config.max_examples):
-        yield "val", source.given, result
+def first_copies(results: Iterable[tuple], limit: int | None) -> Iterator[tuple]:
+    """(source, result, how often it is used), which adds up to at most `limit`."""
+    room = float("inf") if limit is None else limit
+    for source, result in results:
+        yield source, result, min(source.repeats, room)
+        room -= source.repeats
+        if room <= 0:
+            return
 
 
 def map_rows(work: Callable, sources: Iterable[Source], config, report, rows_per_chunk: int,

@@ -81,20 +81,20 @@ def trainer(request, data, text_data) -> SimpleNamespace:
     ("a.jsonl", None, "a.jsonl: no such file"),
     ("a.parquet", None, "a.parquet: no such file"),
     ("./a.csv", None, "a.csv: no such file"),
-    ("a.xls", b"Q,A", "a.xls: expected a file of .jsonl, .ndjson, .json, .csv, .tsv, .parquet"),
-    ("a.csv", b"Q,A", "the train split is empty (no rows)"),
+    ("a.xls", b"Q,A", "a.xls: expected one of .jsonl, .ndjson, .json, .csv, .tsv, .parquet"),
+    ("a.csv", b"Q,A", "the train split is empty (no rows in a.csv)"),
     ("a.jsonl", b"", "a.jsonl: the file is empty"),
-    ("a.jsonl", b"\n \r\n", "the train split is empty (no rows)"),
-    ("a.json", b"[]", "the train split is empty (no rows)"),
+    ("a.jsonl", b"\n \r\n", "the train split is empty (no rows in a.jsonl)"),
+    ("a.json", b"[]", "the train split is empty (no rows in a.json)"),
     ("a.jsonl", b'{"text": "a"}\n\n{"text":\n', "a.jsonl line 3: not JSON"),
     ("a.jsonl", b'{"prompt": "Q"} {"prompt": "Q"}', "a.jsonl line 1: not JSON (Extra data"),
     ("a.jsonl", '{"prompt": "é"}'.encode("latin-1"), "a.jsonl line 1: not JSON ('utf-8' codec"),
-    ("a.jsonl", b"[" * 100_000, "a.jsonl line 1: not JSON"),
+    ("a.jsonl", b"[" * 100_000, "a.jsonl: damaged, or not a .jsonl file (maximum recursion"),
+    ("a.jsonl", b'{"a": ' * 100_000, "a.jsonl line 1: not JSON (maximum recursion"),
     ("a.jsonl", b'{"id": ' + b"9" * 5000 + b"}", "a.jsonl line 1: not JSON"),
-    ("a.json", b'{"prompt": "Q"}', "a.json: expected a top-level list of rows, not a dict"),
-    ("a.json", b"[]]", "name it .jsonl if it holds one object per line"),
-    ("a.json", b"{}\n{}\n", "a.json line 1: unknown form"),  # read as .jsonl
-    ("a.json", b"[" * 100_000, "a.json: not JSON"),
+    ("a.json", b'{\n"prompt": "Q"}', "; expected an object per line, or one list of objects"),
+    ("a.json", b"[]]", "a.json: damaged, or not a .json file (Extra data"),
+    ("a.json", b"{}\n{}\n", "a.json line 1: unknown form"),  # one object per line
     ("a.parquet", b"PAR0", "a.parquet: damaged, or not a .parquet file"),
 ])
 def test_unreadable_file_of_rows_is_named(refused, tmp_path, name, content, message):
@@ -109,9 +109,10 @@ def test_unreadable_file_of_rows_is_named(refused, tmp_path, name, content, mess
     ("a.txt", b"caf\xe9 au lait", "a.txt: not UTF-8 text"),
     ("a.jsonl", b'{"text": "a"}\n{"text": 3}', "a.jsonl line 2: no `text` string"),
     ("a.jsonl", b'{"txt": "a"}', "a.jsonl line 1: no `text` string (found: ['txt'])"),
-    ("a.jsonl", b'["a"]', "a.jsonl line 1: no `text` string (found: list)"),
+    ("a.jsonl", b'3\n["a"]', "a.jsonl line 1: no `text` string (found: int)"),
+    ("a.jsonl", b'["a"]', "a.jsonl row 1: no `text` string (found: str)"),
     ("a.json", b"[]", "a.json: no text found"),
-    ("a.bin", b"01", "a.bin: expected a file of .txt, .jsonl"),
+    ("a.bin", b"01", "a.bin: expected one of .txt, .jsonl"),
 ])
 def test_unreadable_text_is_named(refused, tmp_path, name, content, message):
     if content is not None:

@@ -350,7 +350,7 @@ GOOD = {"prompt": "a", "response": "b"}
     ([GOOD], ["--model", "./other_vocabulary"], "384 ids, but its encoding bytes has 320"),
     ([GOOD], ["--model", "./other_encoding"], "unknown encoding 'latin1'"),
     ([GOOD], ["--data", "/nowhere/rows.jsonl"], "/nowhere/rows.jsonl: no such file"),
-    ([GOOD], ["--data", "./rows.xls"], "rows.xls: expected a file of .jsonl"),
+    ([GOOD], ["--data", "./rows.xls"], "rows.xls: expected one of .jsonl"),
 ])
 def test_bad_input_is_one_line_and_exit_code_2(rows, flags, message, ask, jsonl, tmp_path,
                                                monkeypatch):

@@ -2,6 +2,7 @@
 
 import bz2
 import functools
+import glob
 import gzip
 import json
 from pathlib import Path
@@ -72,7 +73,9 @@ def prepare(command, tmp_path):
     ("a.jsonl.zst", pyarrow.compress(LINES.encode(), codec="zstd", asbytes=True)),
     ("a.jsonl.bz2", bz2.compress(LINES.encode())),
     ("a.json.gz", zipped(json.dumps(ROWS).encode())),
-    ("a.json", LINES),  # one object per line under the wrong name
+    ("a.json", LINES),  # each under the other's name
+    ("a.jsonl", json.dumps(ROWS)),
+    ("a.jsonl.gz", zipped(f"\n {json.dumps(ROWS, indent=1)}".encode("utf-16"))),
     ("a.ndjson", LINES),
     ("a.jsonl", LINES.encode("utf-8-sig")),
     ("a.jsonl", LINES.encode("utf-16")),
@@ -243,10 +246,10 @@ def test_folder_is_read_file_by_file_beside_what_is_no_data(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("names, formats", [
-    (["a.jsonl", "b.parquet"], "1 .jsonl, 1 .parquet"),
-    (["a.jsonl", "more/b.csv", "c.csv"], "1 .jsonl, 2 .csv"),
-    (["a.jsonl", "a.jsonl.gz"], "1 .jsonl, 1 .jsonl.gz"),  # most likely the same rows twice
-    (["a.json", "a.jsonl"], "1 .json, 1 .jsonl"),
+    (["a.jsonl", "b.parquet"], ".jsonl, .parquet"),
+    (["a.jsonl", "more/b.csv", "c.csv"], ".csv, .jsonl"),
+    (["a.jsonl", "a.jsonl.gz"], ".jsonl, .jsonl.gz"),  # most likely the same rows twice
+    (["a.json", "a.JSONL"], ".JSONL, .json"),
 ])
 def test_folder_of_several_formats_is_refused_and_its_advice_works(tmp_path, names, formats):
     folder = tmp_path / "my [set]"
@@ -256,9 +259,9 @@ def test_folder_of_several_formats_is_refused_and_its_advice_works(tmp_path, nam
             ".csv": "prompt\nQ\n", ".gz": zipped(LINES.encode())}.get(path.suffix, LINES))
     message = refusal(folder)
     assert message.startswith(f"{folder}: files of several formats ({formats})")
-    _, pattern, _ = message.split("'")
-    assert prompts(pattern)[0] == "Q"
     assert all(prompts(folder / name)[0] == "Q" for name in names)  # "one by one"
+    for ending in formats.split(", "):
+        assert prompts(glob.escape(str(folder)) + f"/**/*{ending}")[0] == "Q"  # "or as a pattern"
 
 
 @pytest.mark.parametrize("name, split", [
@@ -266,34 +269,40 @@ def test_folder_of_several_formats_is_refused_and_its_advice_works(tmp_path, nam
     ("val.jsonl", "validation"),
     ("dev/0001.jsonl", "validation"), ("math_test.jsonl", "test"), ("eval.v2.jsonl", "test"),
     ("valid/train-notes.jsonl", "validation"), ("contest.jsonl", "train"), ("a.jsonl", "train"),
+    ("dev/0001.jsonl", "dev"), ("validation.jsonl", "val"), ("eval.jsonl", "evaluation"),
 ])
 def test_words_of_a_path_name_its_split_as_in_datasets(tmp_path, name, split):
     write(tmp_path / "d" / name)
     assert prompts(f"{tmp_path}/d::{split}") == ["Q", "é 你"]
-    if split != "train":
+    if split not in ("train", "dev", "val", "evaluation"):  # the last are other names of theirs
         message = refusal(tmp_path / "d")
         assert f"no split 'train' (there is: {split})" in message
         assert prompts(message.partition("name a split as ")[2].partition(",")[0])
 
 
-def test_file_without_a_split_beside_files_with_one_is_refused(tmp_path):
-    write(tmp_path / "d/train.jsonl")
-    write(tmp_path / "d/chats.jsonl")
-    assert "the name of chats.jsonl has no split, but others have (train)" in refusal(
-        tmp_path / "d")
+def test_file_without_a_split_in_its_name_is_training_data(tmp_path):
+    for name in ("train.jsonl", "chats.jsonl", "test.jsonl"):
+        write(tmp_path / "d" / name, json.dumps({"prompt": name}))
+    assert prompts(tmp_path / "d") == ["chats.jsonl", "train.jsonl"]
+    assert prompts(f"{tmp_path}/d::test") == ["test.jsonl"]
 
 
 def test_broken_link_in_a_folder_is_named(tmp_path):
     write(tmp_path / "d/a.jsonl")
     (tmp_path / "d/b.jsonl").symlink_to("gone.jsonl")
-    assert refusal(tmp_path / "d") == f"{tmp_path}/d/b.jsonl: no such file"
+    assert refusal(tmp_path / "d").startswith(f"{tmp_path}/d/b.jsonl: a broken link, or not a")
 
 
 def test_folder_without_rows_says_what_there_is(tmp_path):
+    """And which formats are read; no split could help."""
     write(tmp_path / "d/a.txt")
-    assert "no split 'train' (there is: a.txt)" in refusal(tmp_path / "d")
+    write(tmp_path / "d/val.xlsx")
     (tmp_path / "empty").mkdir()
-    assert "(there is: no file)" in refusal(tmp_path / "empty")
+    for name, there in (("d", "(there is: a.txt, val.xlsx)"), ("empty", "(there is: no data)")):
+        for split in ("", "::val"):
+            message = refusal(f"{tmp_path}/{name}{split}")
+            assert message.startswith(f"{tmp_path}/{name}: no files of .jsonl, .ndjson, .json, ")
+            assert there in message and "::" not in message
 
 
 def test_saved_dataset_is_read(tmp_path):
@@ -307,7 +316,10 @@ def test_saved_dataset_is_read(tmp_path):
     datasets.DatasetDict(train=rows, test=rows.select([1])).save_to_disk(tmp_path / "splits")
     assert prompts(tmp_path / "splits") == ["Q", "é 你"]
     assert prompts(f"{tmp_path}/splits::test") == ["é 你"]
-    assert "(there is: test, train)" in refusal(f"{tmp_path}/splits::dev")
+    assert "no split 'dev' (there is: test, train)" in refusal(f"{tmp_path}/splits::dev")
+    datasets.DatasetDict(train_sft=rows, train_gen=rows.select([0])).save_to_disk(tmp_path / "two")
+    assert "(there is: train_gen, train_sft)" in refusal(tmp_path / "two")
+    assert prompts(f"{tmp_path}/two::train_sft") == ["Q", "é 你"]
 
 
 CONFIGS = """---

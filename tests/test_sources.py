@@ -509,10 +509,13 @@ def test_pattern_becomes_its_files_in_order_and_a_repeat_is_no_pattern(jsonl, mo
     assert texts("a.jsonl*2") == ["a.jsonl"] * 2
     for source, message in (("*.json", r"\*.json: no file matches this pattern"),
                             ("no/*", r"no/\*: no file matches"), ("x[1].jsonl", "no file matches"),
-                            ("sub*", "no file matches"), ("part*2", "part-2: expected a file of"),
+                            ("sub*", "no file matches"), ("part*2", "part: no such file"),
                             ("*.jsonl*0", r"\*0 must be \*1 or more"),
                             ("c.jsonl*2", "c.jsonl: no such file"),
-                            ("me*2", "me: no such file; a dataset on the hub has an owner")):
+                            ("me*2", "me: no such file, and no dataset on the hub"),
+                            ("me:a:b", "me:a:b: no such file"), ("", "'': no such file; name"),
+                            (" ", "' ': no such file; name"), ("part-2", "part-2: expected one of"),
+                            ("hf://datasets/me/mine", "hf://datasets/me/mine: no such file, and")):
         with pytest.raises(UserError, match=message):
             texts(source)
 
@@ -562,12 +565,11 @@ def test_folder_has_the_splits_that_the_names_of_its_files_say(folder, capsys):
     capsys.readouterr()
     assert len(list(read_rows(folder))) == 3  # train unless another split is named
     assert capsys.readouterr().out == (
-        f"{folder}: reads 1 file(s) of split train; not read: {folder}::test\n")
+        f"{folder}: reads 1 file(s) of split train; not read: test-00000-of-00001.parquet\n")
 
 
 @pytest.mark.parametrize("suffix, message", [
     ("::dev", "no split 'dev' (there is: test, train)"),
-    (":de", "BuilderConfig 'de' not found. Available: ['default']"),
     ("*0", "*0 must be *1 or more"),
     ("::test*x", "::test*x: no file matches this pattern"),
     (":a:b:c", "expected ID[:CONFIG[:SPLIT]]"),
@@ -576,6 +578,15 @@ def test_source_that_cannot_be_read_says_what_there_is(folder, suffix, message):
     with pytest.raises(UserError) as error:
         list(read_rows(folder + suffix))
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("suffix, split", [(":test", "test"), (":de:test", "test"),
+                                           (":de", "train")])
+def test_configuration_of_a_plain_folder_is_refused_and_its_advice_works(folder, suffix, split):
+    with pytest.raises(UserError, match="this folder has no configurations") as error:
+        list(read_rows(folder + suffix))
+    advice = str(error.value).rpartition("name a split as ")[2]
+    assert advice == f"{folder}::{split}" and list(read_rows(advice))
 
 
 def test_gated_dataset_says_how_to_get_access(monkeypatch):
