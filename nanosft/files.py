@@ -2,6 +2,7 @@
 
 import collections
 import csv
+import glob
 import io
 import itertools
 import json
@@ -199,11 +200,11 @@ def read_txt(path: Path, chunk_chars: int) -> Iterator[tuple[str, bool]]:
 SPLITS = dict.fromkeys(("train", "training"), "train")
 SPLITS |= dict.fromkeys(("validation", "valid", "dev", "val"), "validation")
 SPLITS |= dict.fromkeys(("test", "testing", "eval", "evaluation"), "test")
-# Hidden files, texts about the data, and what datasets writes beside it
+# Texts about the data, caches, and what datasets writes beside its files
 NO_DATA = re.compile(
-    r"(.*/)?([.]|__).*|(.*/)?((readme|licen[cs]e|notice|copying|citation|changelog|requirements)"
-    r"([-_]\w+)?([.](md|txt))?|(dataset_infos?|dataset_dict|state|config|metadata)[.]json|"
-    r"cache-\w+[.]arrow)", re.IGNORECASE)
+    r"(.*/)?(__.*|(readme|licen[cs]e|notice|copying|citation|changelog|requirements)([-_]\w+)?"
+    r"([.](md|txt))?|(dataset_infos?|dataset_dict|state|config|metadata)[.]json|cache-\w+[.]arrow)",
+    re.IGNORECASE)
 
 
 def declares_files(folder: Path) -> bool:
@@ -215,8 +216,9 @@ def declares_files(folder: Path) -> bool:
 def folder_files(folder: Path, split: str, formats: Iterable[str]) -> list[Path]:
     """The files of a split of a folder: `train` if their names have none. What is left out is
     printed. UserError if there are none, or of several formats."""
-    names = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if not path.is_dir()]
-    names = [name for name in names if not NO_DATA.fullmatch(name.as_posix())]
+    names = [Path(name) for name in sorted(glob.glob("**/*", root_dir=folder, recursive=True))]
+    names = [name for name in names  # hidden ones are not among them
+             if not (folder / name).is_dir() and not NO_DATA.fullmatch(name.as_posix())]
     splits = collections.defaultdict(list)
     for name in names:
         if format_of(name) in formats:
@@ -233,10 +235,10 @@ def folder_files(folder: Path, split: str, formats: Iterable[str]) -> list[Path]
     if len(endings) > 1:  # often the same rows twice, or a file without rows
         raise UserError(f"{folder}: files of several formats ({', '.join(sorted(endings))}); pass "
                         "those of one format, one by one or as a pattern")
+    others = map(str, sorted({*names} - {*chosen}))
     if len(names) > len(chosen) and os.environ.get("RANK", "0") == "0":
-        others = ", ".join(str(name) for name in names if name not in chosen)
         print(one_line(f"{folder}: reads {len(chosen)} file(s) of split {split}; not read: "
-                       f"{others}"))
+                       f"{', '.join(others)}"))
     return [folder / name for name in chosen]
 
 

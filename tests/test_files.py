@@ -231,7 +231,8 @@ def test_folder_is_read_file_by_file_beside_what_is_no_data(tmp_path, capsys):
     """A later file may have other columns: no schema is shared."""
     write(tmp_path / "d/b.jsonl", '{"prompt": "b", "more": {"x": 1}}\n')
     write(tmp_path / "d/a.jsonl", '{"prompt": "a"}\n')
-    write(tmp_path / "d/more/c.jsonl", '{"prompt": "c"}\n')
+    write(tmp_path / "elsewhere/c.jsonl", '{"prompt": "c"}\n')
+    (tmp_path / "d/more").symlink_to("../elsewhere")
     for name in ("README.md", "LICENSE", "LICENSE.txt", "dataset_infos.json", ".gitattributes",
                  ".cache/x.jsonl", ".git/y.jsonl", "__pycache__/z.jsonl", "requirements.txt"):
         write(tmp_path / "d" / name, '{"prompt": "no"}\n')
