@@ -29,7 +29,7 @@ def test_two_runs_make_one_png(tmp_path, command):
     ("\n", "no rows"),
     ("loss: 3\n", "line 1: not JSON"),
     ('{"step": 1}\n', "line 1: not a row of metrics; it needs step, loss, lr, grad_norm"),
-    ("[1]\n", "line 1: not a row of metrics"),
+    ("[1]\n", "row 1: not a row of metrics"),
 ])
 def test_file_that_is_not_a_run_is_one_line_and_exit_code_2(tmp_path, command, text, message):
     path, out = tmp_path / "metrics.jsonl", tmp_path / "loss.png"
