@@ -40,7 +40,8 @@ class Reading:
     columns: str = ""
     """which column is what, as prompt=q,response=a,system=s,input=c; default: by their names"""
     ignore: tuple[str, ...] = ()
-    """columns, and keys of messages, to leave out, whatever they hold or say"""
+    """columns, and keys of messages, to leave out, whatever they hold or say; user.KEY: in user
+    messages only"""
     where: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """keep only the rows with this value, as correct=true, or without it, as label!=bad; may be
     repeated"""
@@ -485,7 +486,8 @@ def check_unused(unused: dict[str, list], messages: list[dict] | str, free: str 
     for name, values in unused.items():
         counts["unused", name] += holds_text(values)
         if name.removeprefix(MESSAGE_KEY) not in reading.ignore:
-            whats = (what_is_lost(name, value, unused, texts) for value in values)
+            distinct = (value for value, _ in itertools.groupby(values))  # of many messages, mostly
+            whats = (what_is_lost(name, value, unused, texts) for value in distinct)
             if what := next(filter(None, whats), None):
                 lost[name] = what
     if lost:

@@ -156,12 +156,13 @@ def hidden_instruction(value) -> str | None:
 # Words of a verdict: as a value, or as a column of true and false.
 GOOD = names(
     "accept accepted acceptable accurate approve approved chosen correct desirable desired enabled "
-    "good great helpful include included keep kept kto_tag like liked ok pass passed preferred "
-    "right selected success successful thumbs_up thumb_up upvote upvoted usable use useful valid "
-    "verified active resolved")
+    "good good_answer great helpful include included keep kept kto_label kto_tag like liked ok "
+    "pass passed preferred right selected success successful thumbs_up thumb_up upvote upvoted "
+    "usable use useful valid verified active resolved")
 BAD = names(
-    "bad deleted discard discarded downvote downvoted drop dropped fail failed failure filtered "
-    "hallucinated hallucination reject rejected removed spam thumbs_down thumb_down wrong 👎 ❌")
+    "bad bad_answer deleted discard discarded downvote downvoted drop dropped fail failed failure "
+    "filtered hallucinated hallucination reject rejected removed spam thumbs_down thumb_down wrong "
+    "👎 ❌")
 NEGATIONS = ("not_", "no_", "non_", "un", "in", "dis")  # before a word of GOOD: incorrect
 BAD_VALUES = names("down false low negative no poor")  # in MARKS and columns of GOOD
 EVERYWHERE = names("rejected downvoted disliked undesirable thumbs_down thumb_down 👎")
@@ -192,9 +193,9 @@ def verdict_in(key: str) -> str | None:
         return None
     if any(map(is_bad, ends)):
         return "bad"
-    if "label" in ends:
-        return "label"
-    return "good" if ends & GOOD - MARKS else "mark" if ends & MARKS else None
+    if ends & GOOD - MARKS:
+        return "good"
+    return "label" if "label" in ends else "mark" if ends & MARKS else None
 
 
 def marks_bad_answer(key: str, value) -> bool:
@@ -202,9 +203,10 @@ def marks_bad_answer(key: str, value) -> bool:
     >>> marks_bad_answer("is_correct", 0), marks_bad_answer("label", 0)
     (True, False)
     """
-    verdict, said = verdict_in(key), word(value)
-    if verdict is None or said in EVERYWHERE:
-        return said in EVERYWHERE
+    verdict = verdict_in(key)
+    if verdict is None:
+        return isinstance(value, str) and value.lower() in EVERYWHERE
+    said = word(value)
     if verdict == "bad":
         return BOOLEANS.get(said) is True
     if isinstance(said, str):
