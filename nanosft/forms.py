@@ -178,10 +178,9 @@ TEXT_NAMES = COLUMN_NAMES - {"text"} | {
 MESSAGE_KEY = "message key "  # before the name of a message's key among the columns
 MEDIA = ("image", "images", "audio", "video", "videos")
 TREE_NAMES = {"role", "parent_id", "message_id", "message_tree_id"}
-PREFERENCES = {  # the worse answer: the better one
-    "rejected": "chosen", "rejected_response": "chosen_response",
-    "rejected_messages": "chosen_messages", "rejected_output": "chosen_output",
-    "non_preferred_output": "preferred_output"}
+PREFERENCES = {f"rejected{what}": f"chosen{what}"  # the worse answer: the better one
+               for what in ("", "_response", "_messages", "_output")}
+PREFERENCES |= {"non_preferred_output": "preferred_output"}
 REFUSED = frozenset({*MEDIA, *TREE_NAMES, *PREFERENCES})
 
 
@@ -383,12 +382,10 @@ def role_named(i: int, role) -> str:
     name = role if isinstance(role, str) else ""
     if name not in ROLES:
         name = re.sub(r"^\W+|\W+$", "", name).lower()
-    if name in TOOL_ROLES:
-        raise UserError(f"message {i} has role {role!r}: tool and function turns are not "
-                        "supported; leave out such rows")
     if name not in ROLES:
-        raise UserError(f"message {i} has role {show(role)}; the known roles are system, user, "
-                        "assistant, and their aliases in data/README.md; leave out such rows")
+        why = (": tool and function turns are not supported" if name in TOOL_ROLES else
+               "; the known roles are system, user, assistant, and their aliases in data/README.md")
+        raise UserError(f"message {i} has role {show(role)}{why}; leave out such rows")
     return ROLES[name]
 
 
