@@ -98,8 +98,8 @@ def names_in(source: Source, formats: Iterable[str]) -> list[str]:
     elif not path.exists() and not path.is_symlink():
         if "/" in name and files.format_of(path) not in formats and name[0] not in "./~":
             return [name]
-        raise UserError(f"{source.given}: no such file, and no dataset on the hub, whose ids are "
-                        "like openai/gsm8k; correct the path or the id")
+        raise UserError(f"{source.given}: no such file; a dataset on the hub has an owner, as "
+                        "openai/gsm8k")
     return [str(files.require_file(path, formats)) for path in paths]
 
 

@@ -512,10 +512,10 @@ def test_pattern_becomes_its_files_in_order_and_a_repeat_is_no_pattern(jsonl, mo
                             ("sub*", "no file matches"), ("part*2", "part: no such file"),
                             ("*.jsonl*0", r"\*0 must be \*1 or more"),
                             ("c.jsonl*2", "c.jsonl: no such file"),
-                            ("me*2", "me: no such file, and no dataset on the hub"),
+                            ("me*2", "me: no such file; a dataset on the hub has an owner"),
                             ("me:a:b", "me:a:b: no such file"), ("", "'': no such file; name"),
                             (" ", "' ': no such file; name"), ("part-2", "part-2: expected one of"),
-                            ("hf://datasets/me/mine", "hf://datasets/me/mine: no such file, and")):
+                            ("hf://datasets/me/mine", "hf://datasets/me/mine: no such file")):
         with pytest.raises(UserError, match=message):
             texts(source)
 
