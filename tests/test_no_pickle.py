@@ -271,4 +271,4 @@ def test_reader_of_the_datasets_library_is_no_source(name, safe):
     Path("train.pkl").write_bytes(BOMBS["pickle"])
     Path("train.json").write_text(json.dumps([GOOD]))
     line = safe(2, sft_data, "--source", name, "--encoding", "bytes", "--workers", 1, "--out", "o")
-    assert line.startswith(f"error: {name}: no such file, and no dataset on the hub")
+    assert line.startswith(f"error: {name}: no such file; a dataset on the hub has an owner")
