@@ -190,15 +190,17 @@ BAR = r"[|\uff5c]"  # the second one is DeepSeek's
 def turn_marks(plain: str, others: str) -> str:
     """How a turn of these roles begins in other templates: <|user|>, ### Human:, USER:, …"""
     role = f"(?:{plain}|{others})"
-    return (rf"(?:<{BAR}(?:\w+_)?{role}(?:_\w+)?{BAR}>|<(?:{BAR}\w+{BAR}|\w+_\w+)>{role}\b|"
-            rf"\[\|{role}\|\]|##+ ?{role}:|<?\b(?:{plain})>?:)")
+    name = r"\w{1,20}"  # all repeats are bounded, so a search takes linear time
+    return (rf"(?:<{BAR}(?:{name}_)?{role}(?:_{name})?{BAR}>|"
+            rf"<(?:{BAR}{name}{BAR}|{name}_{name})>{role}\b|"
+            rf"\[\|{role}\|\]|#{{2,6}} ?{role}:|<?\b(?:{plain})>?:)")
 
 
 RENDERED = re.compile(  # how a chat begins, perhaps after a system text or a short preamble
-    rf"(?:\s|</?s>|<bos>|<sop>|\[gMASK\]|<{BAR}[^<>]*(?:begin|start|bos)[^<>]*>)*"
-    r"(?:(?:\W*(?:\w+\W*>\s?)?system\w*(?:[^\w\s]|\n)|(?:a (?:chat|conversation|dialogue)|"
-    r"the following|below is|you are|this is)\b)"
-    rf"[\s\S]{{1,2000}}?(?:(?<=[\n.!?:>])\s*|(?=<{BAR})))?"
+    rf"(?:\s{{1,9}}|</?s>|<bos>|<sop>|\[gMASK\]|<{BAR}[^<>]{{,9}}(?:begin|start)[^<>]{{,20}}>){{,5}}"
+    r"(?:(?:\W{,5}(?:\w{1,20}\W{,5}>\s?)?system\w{,9}(?:[^\w\s]|\n)|"
+    r"(?:a (?:chat|conversation|dialogue)|the following|below is|you are|this is)\b)"
+    rf"[\s\S]{{1,2000}}?(?:(?<=[\n.!?:>])\s{{,9}}|(?=<{BAR})))?"
     rf"({turn_marks('user|human', 'prompter|instruction|question')}|\[INST\])", re.IGNORECASE)
 ANSWERS = re.compile(turn_marks("assistant|ai|bot|gpt|chatgpt", "model|response|answer")
                      + r"|\[/INST\]", re.IGNORECASE)

@@ -260,6 +260,14 @@ def test_prose_plays_code_and_markdown_are_text(text):
     assert messages_of({"text": text}) == text
 
 
+@pytest.mark.parametrize("unit", [" ", "\n", "#", "</s>", "<|a", "a_b", "User: ", "<a_", "system "])
+@pytest.mark.parametrize("start", ["", "You are ", "User: "])
+def test_marks_are_looked_for_in_linear_time(start, unit):
+    """In quadratic time, each of these would take minutes."""
+    text = start + unit * 100_000 + "."
+    assert messages_of({"text": text}) == text
+
+
 def test_answers_in_the_prompt_of_a_prompt_completion_row_are_context():
     row = {"prompt": [QUESTION, ANSWER, QUESTION], "completion": [ANSWER]}
     assert messages_of(row) == [QUESTION, ANSWER | {"weight": 0}, QUESTION, ANSWER]
