@@ -266,7 +266,7 @@ def train_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer,
     optimizer.zero_grad(set_to_none=True)
     meanwhile()
     stop_requests = ranks.sum(torch.tensor(ranks.stop.asked(), device=ranks.device))
-    loss, norm = loss_and_norm.tolist()  # the step's only wait for the device
+    loss, norm = loss_and_norm.tolist()  # the host waits for the device here, and not before
     _, tokens, trained = counts.tolist()
     return {"loss": loss, "lr": lr, "grad_norm": norm, "tokens": tokens, "trained_tokens": trained,
             "stop_requests": stop_requests.item()}

@@ -197,7 +197,8 @@ def turn_marks(plain: str, others: str) -> str:
 
 
 RENDERED = re.compile(  # how a chat begins, perhaps after a system text or a short preamble
-    rf"(?:\s{{1,9}}|</?s>|<bos>|<sop>|\[gMASK\]|<{BAR}[^<>]{{,9}}(?:begin|start)[^<>]{{,20}}>){{,5}}"
+    rf"(?:\s{{1,9}}|</?s>|<bos>|<sop>|\[gMASK\]|"
+    rf"<{BAR}[^<>]{{,9}}(?:begin|start)[^<>]{{,20}}>){{,5}}"
     r"(?:(?:\W{,5}(?:\w{1,20}\W{,5}>\s?)?system\w{,9}(?:[^\w\s]|\n)|"
     r"(?:a (?:chat|conversation|dialogue)|the following|below is|you are|this is)\b)"
     rf"[\s\S]{{1,2000}}?(?:(?<=[\n.!?:>])\s{{,9}}|(?=<{BAR})))?"

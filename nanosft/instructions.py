@@ -206,6 +206,8 @@ def marks_bad_answer(key: str, value) -> bool:
     verdict = verdict_in(key)
     if verdict is None:
         return isinstance(value, str) and value.lower() in EVERYWHERE
+    if isinstance(value, dict):  # {"rating": "bad"}
+        return any(marks_bad_answer(inner, said) for inner, said in value.items())
     said = word(value)
     if verdict == "bad":
         return BOOLEANS.get(said) is True

@@ -233,7 +233,8 @@ def test_feedback_on_a_message_is_an_error_until_it_is_ignored(key, value):
     ("review_status", "Failed", "Passed"), ("outcome", "fail", "pass"), ("upvote", False, True),
     ("quality", "low", "high"), ("answer_quality", "not good", "fine"), ("rating", -1, 5),
     ("final_verdict", "incorrect", "correct"), ("unhelpful", True, False), ("vote", "-1", "1"),
-    ("annotator_2", "thumbs_down", None)])
+    ("annotator_2", "thumbs_down", None),
+    ("feedback", {"by": "me", "rating": "bad"}, {"by": "me", "rating": "good"})])
 def test_row_marked_as_bad_is_refused_and_both_ways_out_work(jsonl, command, tmp_path, key, bad,
                                                             good):
     rows = [PAIR | {key: bad}, PAIR | {"prompt": "R", key: good}]
