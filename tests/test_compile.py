@@ -131,6 +131,30 @@ def test_ddp_around_compiled_blocks_makes_no_more_graphs(data, tmp_path, compile
     assert [(graphs, n) for graphs, _, n in compiled_steps[1:]] == [(2, 4)] * 4
 
 
+@pytest.mark.parametrize("C", [768, 1600])
+def test_block_of_gpt2s_own_size_is_one_graph_under_ddp(C, compiled_steps, monkeypatch):
+    """Its gradients fill more than one of DDP's buckets, where dynamo by default cuts the graph in
+    order to overlap all-reduce and backward pass. Whole blocks overlap, too: DDP's hooks run after
+    each. The other tests' blocks fit in one bucket."""
+    made = []
+
+    def backend(graph, inputs):
+        made.append(graph)
+        return graph
+
+    by_backend = functools.partialmethod(torch.nn.Module.compile, backend=backend)
+    monkeypatch.setattr(Block, "compile", by_backend)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with torch._dynamo.config.patch(optimize_ddp=True):  # as in a new process
+            gpt = fast.speed_up(tiny_model(spread=0, n_layer=2, n_embd=C), compile=True)
+            x = torch.arange(24).view(2, 12)
+            DistributedDataParallel(gpt, gradient_as_bucket_view=True)(x, x).backward()
+    finally:
+        dist.destroy_process_group()
+    assert len(made) == 1
+
+
 def test_loss_of_chunks_of_any_size_is_one_graph_and_equals_the_one_without_a_compiler(
         compiled_steps, monkeypatch):
     """On a GPU, where each graph costs seconds. aot_eager compiles all but the kernels."""
