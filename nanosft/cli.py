@@ -125,14 +125,15 @@ def is_first_to_report(message: str) -> bool:
 
 
 def end_with(parent: int) -> None:
-    """Stop this process once its parent is gone: SIGTERM, and 30 s later, as torchrun does, a hard
-    exit."""
+    """Stop this process once its parent is gone: SIGTERM and, after torchrun's own grace time, a
+    hard exit."""
+    grace = float(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", 30))
 
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(1)
         os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(30)
+        time.sleep(grace)
         os._exit(128 + signal.SIGTERM)
 
     threading.Thread(target=watch, daemon=True).start()

@@ -159,6 +159,39 @@ def test_process_ends_with_its_parent():
         wait_until(lambda: not is_alive(child))
 
 
+@needs_proc
+def test_rank_that_does_not_stop_has_torchruns_own_grace_time():
+    """Here 0 s; for a large checkpoint, minutes."""
+    code = ("import os, signal, time; from nanosft.cli import end_with\n"
+            "signal.signal(signal.SIGTERM, signal.SIG_IGN); end_with(0)  # no such parent\n"
+            "time.sleep(20)")
+    env = os.environ | {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "0"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, timeout=15)
+    assert done.returncode == 128 + signal.SIGTERM
+
+
+def test_slurm_script_passes_its_cores_on_and_leaves_time_to_save(tmp_path):
+    """srun of Slurm 22.05 and 23.02 does not read the job's --cpus-per-task."""
+    script = (ROOT / "runs/slurm.sh").read_text()
+    asked = dict(line[len("#SBATCH --") :].split("=") for line in script.splitlines()
+                 if line.startswith("#SBATCH") and "=" in line)
+    for name, body in {"scontrol": "echo host0", "srun": 'echo "$@"; env'}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": str(ROOT),
+           "SLURM_JOB_NODELIST": "host[0-1]", "SLURM_NNODES": "2", "SLURM_JOB_ID": "7",
+           "SLURM_CPUS_PER_TASK": asked["cpus-per-task"]}
+    done = subprocess.run(["bash", "runs/slurm.sh", "--data", "d"], cwd=ROOT, env=env, text=True,
+                          capture_output=True, check=True)
+    call, *env = done.stdout.splitlines()
+    assert call.startswith(f"--cpus-per-task={asked['cpus-per-task']} torchrun --nnodes=2 ")
+    assert call.endswith(" train_sft.py --resume --data d")
+    grace = int(dict(line.split("=", 1) for line in env if "=" in line)
+                ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"])
+    name, _, seconds = asked["signal"].partition("@")  # before the end of the job
+    assert name == "TERM" and grace < int(seconds)
+
+
 def wait_until(found, seconds: int = 20) -> None:
     end = time.monotonic() + seconds
     while not found():
