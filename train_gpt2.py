@@ -31,7 +31,7 @@ from answer import save_model
 from model import GPT, IGNORE_INDEX, GPTConfig
 from nanosft import checks, fast
 from nanosft.cli import run_cli
-from nanosft.ranks import Ranks, setup_distributed
+from nanosft.ranks import CPU, Ranks, setup_distributed
 from nanosft.run import Run, RunFlags, new_checkpoint, read_state
 from nanosft.shards import Shards, read_meta
 from nanosft.weights import pad_vocab
@@ -327,9 +327,9 @@ def save_checkpoint(out: str, step: int, model: GPT, optimizer: torch.optim.Opti
     return Path(out) / f"step_{step:06d}"
 
 
-def load_checkpoint(out: str) -> tuple[GPT, dict]:
-    """The model and the training state of the latest checkpoint of a run."""
-    folder, state = read_state(out)
+def load_checkpoint(out: str, device: torch.device = CPU) -> tuple[GPT, dict]:
+    """The model, on the CPU, and the training state of a run's latest checkpoint, for `device`."""
+    folder, state = read_state(out, device)
     return GPT.from_pretrained(str(folder)), state
 
 
@@ -360,7 +360,7 @@ def train(config: Config, open_rows: Callable, forward: Callable, judge: Callabl
 
     # --- 2. model and optimizer, new or resumed ---
     if config.resume and run.newest:
-        gpt, state = load_checkpoint(config.out)
+        gpt, state = load_checkpoint(config.out, ranks.device)
         run.continue_from(state)
     else:
         gpt, state = make_model(config, rows.meta), None
@@ -369,7 +369,7 @@ def train(config: Config, open_rows: Callable, forward: Callable, judge: Callabl
     fast.speed_up(gpt.to(ranks.device), config.is_compiled(ranks.device))
     optimizer = make_optimizer(gpt, config)
     if state:
-        optimizer.load_state_dict(state["optimizer"])
+        optimizer.load_state_dict(state.pop("optimizer"))  # pop: nothing keeps the file mapped
     model = wrap(gpt, ranks)
 
     # --- 3. the plan, and how the model is judged ---

@@ -227,14 +227,18 @@ def new_checkpoint(out: str, step: int, model, optimizer: torch.optim.Optimizer,
             shutil.rmtree(old)
 
 
-def read_state(out: str) -> tuple[Path, dict]:
-    """The newest checkpoint of a run, and its training_state.pt: version, step, optimizer, run."""
+def read_state(out: str, device: torch.device) -> tuple[Path, dict]:
+    """The newest checkpoint of a run, and its training_state.pt: version, step, optimizer, run.
+
+    For a GPU, its tensors are mapped, not read: all ranks of a machine share the system's pages.
+    """
     folder = newest_checkpoint(out)
     if folder is None:
         raise UserError(f"--resume: {out} has no checkpoint")
     path = folder / "training_state.pt"
     try:
-        state = torch.load(verify(path), map_location="cpu", weights_only=True)
+        state = torch.load(verify(path), map_location="cpu", weights_only=True,
+                           mmap=device.type != "cpu")
     except Exception as error:
         reason = str(error).strip().partition("\n")[0].removeprefix(f"{path}: ")
         raise UserError(f"{path}: missing or damaged ({reason}); delete {folder}") from error

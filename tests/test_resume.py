@@ -1,5 +1,6 @@
 """A run that was killed and resumed equals one that was not, bit for bit; and a run's files."""
 
+import copy
 import dataclasses
 import json
 import os
@@ -111,6 +112,37 @@ def test_run_may_be_killed_twice(data, whole, tmp_path, monkeypatch):
     kill_before(3, fine_tune, data["sft"], out, monkeypatch=monkeypatch, **flags)
     kill_before(7, fine_tune, data["sft"], out, monkeypatch=monkeypatch, resume=True, **flags)
     fine_tune(data["sft"], out, resume=True, **flags)
+    assert_bitwise_equal(out, whole["sft"])
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
+def test_training_state_for_a_gpu_is_mapped_until_the_optimizer_has_it_and_resumes_bitwise(
+        data, whole, tmp_path, monkeypatch):
+    """Eight ranks that read it would need eight times the memory. On a CPU it is read."""
+    out, load, seen = tmp_path / "out", train_gpt2.load_checkpoint, []
+
+    def is_mapped() -> bool:
+        return f"{out}/step_000004/training_state.pt" in Path("/proc/self/maps").read_text()
+
+    def load_as_for_a_gpu(out, device):
+        load(out, device)
+        seen.append(is_mapped())
+        model, state = load(out, torch.device("meta"))
+        seen.append(is_mapped())
+        # as a GPU's memory would: hold copies
+        monkeypatch.setattr(torch.optim.AdamW, "load_state_dict",
+                            lambda optimizer, mapped: load_state(optimizer, copy.deepcopy(mapped)))
+        return model, state
+
+    def print_plan(*args):
+        seen.append(is_mapped())
+
+    load_state = torch.optim.AdamW.load_state_dict
+    kill_before(5, fine_tune, data["sft"], out, monkeypatch=monkeypatch, **FLAGS["sft"])
+    monkeypatch.setattr(train_gpt2, "load_checkpoint", load_as_for_a_gpu)
+    monkeypatch.setattr(run_module.Run, "print_plan", print_plan)
+    fine_tune(data["sft"], out, resume=True, **FLAGS["sft"])
+    assert seen == [False, True, False]
     assert_bitwise_equal(out, whole["sft"])
 
 
