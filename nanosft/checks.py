@@ -79,6 +79,7 @@ def lock(out: str | Path) -> filelock.BaseFileLock:
 MAY_CHANGE = {"data", "out", "resume", "epochs", "max_steps", "max_minutes", "batch_size",
               "eval_every", "eval_tokens", "eval_prompts", "save_every", "keep", "log_every",
               "wandb", "device", "dtype", "dist_timeout", "compile", "no_compile"}
+FOUND = {"dtype_used", "torch", "numpy", "order"}  # no flags; checkpoints of old versions lack them
 
 
 def check_same_run(saved: dict, now: dict) -> list[str]:
@@ -86,12 +87,16 @@ def check_same_run(saved: dict, now: dict) -> list[str]:
     changes = []
     for key, value in now.items():
         was = saved.get(key)
-        if was == value or key == "resume" or (key in MAY_CHANGE and key not in saved):
+        may_change = key in MAY_CHANGE | FOUND
+        if was == value or key == "resume" or (may_change and key not in saved):
             continue
+        if key == "order":
+            raise UserError(f"--resume: numpy {now['numpy']} would put the rows in another order "
+                            f"than {saved['numpy']} in the run in --out; install that version")
         if key == "data_sha256":
             raise UserError("--resume: this is not the data of the run in --out; pass that run's "
                             "--data or choose another --out")
-        if key not in MAY_CHANGE:
+        if not may_change:
             raise UserError(f"--resume: {key} is {value}, but {was} in the run in --out; use the "
                             "run's own flags or another --out")
         changes.append(f"{key} is {value} (was {was})")
@@ -130,8 +135,9 @@ def check_ranks(run: dict, done: int) -> None:
         for key, value in first.items():
             if key not in ("data", "out") and theirs.get(key) != value:
                 raise UserError(f"rank {rank} on {other_host} has {key} {theirs.get(key)}, but "
-                                f"rank 0 on {host} has {value}; use the same flags and data "
-                                "everywhere, and for --resume an --out that all machines share")
+                                f"rank 0 on {host} has {value}; use the same flags, data, and "
+                                "packages everywhere, and for --resume an --out that all machines "
+                                "share")
 
 
 def checkpoint_bytes(model: torch.nn.Module) -> int:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import importlib.metadata
 import itertools
 import json
@@ -17,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import torch
 import tyro
 from annotated_types import Ge, Gt, Lt
@@ -71,7 +73,9 @@ class Run:
     def __init__(self, config, meta: dict, n_steps: int, ranks):
         self.config, self.meta, self.n_steps, self.ranks = config, meta, n_steps, ranks
         shards = [shard["sha256"] for split in meta["splits"].values() for shard in split["files"]]
-        self.identity = dataclasses.asdict(config) | {"steps": n_steps, "data_sha256": shards}
+        self.identity = dataclasses.asdict(config) | {
+            "steps": n_steps, "data_sha256": shards, "order": order_of(config.seed),
+            "dtype_used": ranks.dtype, "torch": str(torch.__version__), "numpy": np.__version__}
         self.out, self.done = Path(config.out), 0  # done: steps before this start
         self.opened, self.log, self.answers, self.wandb = contextlib.ExitStack(), None, None, None
 
@@ -192,6 +196,16 @@ class Run:
         self.ranks.finish()
         if stopped:
             sys.exit(self.ranks.stop.exit_code())
+
+
+def order_of(seed: int) -> str:
+    """A fingerprint of the order of rows that this seed gives: NumPy may change it in any version.
+
+    Source: https://numpy.org/neps/nep-0019-rng-policy.html
+    """
+    random = np.random.default_rng([seed, 0])  # as in packing.py
+    numbers = [*random.permutation(100).tolist(), random.random()]
+    return hashlib.sha256(str(numbers).encode()).hexdigest()[:12]
 
 
 # ----- checkpoints -------------------------------------------------------------------------------

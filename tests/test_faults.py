@@ -4,7 +4,6 @@ runs/torture.sh does the same to whole runs from outside; docs/faults.md says wh
 """
 
 import contextlib
-import dataclasses
 import json
 import os
 import resource
@@ -18,6 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import filelock
+import numpy as np
 import pytest
 import torch
 from helpers_processes import children_of, is_alive
@@ -40,6 +40,7 @@ import train_gpt2
 from nanosft import checks, run as run_module, sources
 from nanosft.errors import UserError
 from nanosft.ranks import SIGNALED, Stop
+from nanosft.run import Run
 from nanosft.weights import checkpoints, newest_checkpoint
 from train_gpt2 import Ranks
 
@@ -345,9 +346,13 @@ def test_metrics_are_on_disk_before_the_checkpoint_that_follows_them(data, tmp_p
 
 
 @pytest.mark.parametrize("key, mine, other", [
-    ("step", 10, 5), ("seed", 0, 1), ("data_sha256", ["a"], ["b"])])
+    ("step", 10, 5), ("seed", 0, 1), ("data_sha256", ["a"], ["b"]),
+    ("dtype_used", "float32", "bfloat16"), ("torch", torch.__version__, "2.11.0"),
+    ("numpy", np.__version__, "1.26.4")])
 def test_rank_that_differs_is_named_with_its_host_and_both_values(key, mine, other, monkeypatch):
-    run = dataclasses.asdict(train_gpt2.Config("data", "out")) | {"steps": 20, "data_sha256": ["a"]}
+    meta = {"splits": {"train": {"files": [{"sha256": "a"}]}}}
+    run = Run(train_gpt2.Config("data", "out"), meta, 20, ALONE).identity
+    assert key == "step" or run[key] == mine  # what `auto` means here, too
 
     def two_hosts(report):
         changed = run | ({} if key == "step" else {key: other})

@@ -51,6 +51,7 @@ def data(tmp_path_factory):
     }
 
 
+NUMPY = np.__version__
 FLAGS = {"pretraining": {"epochs": 3}, "sft": {"epochs": 3, "layout": "pad"}}  # 9 steps each
 
 
@@ -209,6 +210,24 @@ def test_other_flags_may_change_and_the_changes_are_printed(data, whole, tmp_pat
         for key in ("step", "loss", "lr", "grad_norm", "tokens", "trained_tokens"):
             assert a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-6)
     assert_weights_close(out, whole["sft"])
+
+
+def test_other_versions_are_printed_and_refused_if_numpy_orders_rows_differently(
+        data, whole, tmp_path, monkeypatch):
+    out = shutil.copytree(whole["sft"], tmp_path / "out")
+    monkeypatch.setattr(np, "__version__", "9.9")
+    printed = fine_tune(data["sft"], out, resume=True, **FLAGS["sft"])
+    assert f"resume: numpy is 9.9 (was {NUMPY})" in printed
+    monkeypatch.setattr(run_module, "order_of", lambda seed: "another")
+    with pytest.raises(UserError, match=f"^--resume: numpy 9.9 would put the rows in another order "
+                                        f"than {NUMPY} in the run in --out; install that version"):
+        fine_tune(data["sft"], out, resume=True, **FLAGS["sft"])
+
+
+def test_checkpoint_without_versions_is_resumed():
+    """Of a nanosft before they were saved."""
+    now = {"torch": "2.13", "numpy": "2.3", "order": "a", "dtype_used": "float32", "keep": 2}
+    assert checks.check_same_run({"keep": 0}, now) == ["keep is 2 (was 0)"]
 
 
 def test_without_resume_a_folder_that_holds_a_run_is_left_alone(data, whole):

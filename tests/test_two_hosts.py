@@ -108,5 +108,5 @@ def test_host_with_other_flags_is_named_before_the_first_step(hosts, tmp_path):
     outputs = [process.communicate(timeout=120)[0] for process in running]
     (line,) = errors_in("".join(outputs))
     assert line.startswith("error: rank 1 on host1 has seed 1, but rank 0 on host0 has 0; use the "
-                           "same flags and data everywhere"), outputs
+                           "same flags, data, and packages everywhere"), outputs
     assert not (tmp_path / "out").exists()
