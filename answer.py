@@ -2,7 +2,7 @@
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,14 +29,14 @@ class Assistant(NamedTuple):
     template: str | None  # None: a base model, which has seen no chats
 
     def answer(self, prompts: list[list[int]], max_new_tokens: int, batch_size: int = 32,
-               temperature: float = 0.0, seed: int = 0) -> list[Answer]:
+               temperature: float = 0.0, seed: int = 0, in_step: Callable = iter) -> list[Answer]:
         """The answer to each prompt (ids); its text does not include the end token.
 
-        Prompts of similar length are batched together, which saves padding.
+        Prompts of similar length are batched together, which saves padding. in_step: Ranks.in_step.
         """
         stops, answers = stop_ids(self.encoding, self.template), {}
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        for start in range(0, len(prompts), batch_size):
+        for start in in_step(range(0, len(prompts), batch_size)):
             batch = order[start : start + batch_size]
             new = self.model.generate([prompts[i] for i in batch], max_new_tokens, temperature,
                                       stop_ids=stops, seed=seed + start)

@@ -113,7 +113,7 @@ def answer_questions(config: Config, assistant: Assistant, questions: list[dict]
     prompts = [cut_prompt(q["prompt"], room, block_size, q["place"]) for q in mine]
     answers = assistant.answer(prompts, config.max_new_tokens,
                                rows_at_once(config, assistant.model, prompts),
-                               config.temperature, config.seed)
+                               config.temperature, config.seed, ranks.in_step)
     return [{"row": ranks.rank + i * ranks.world_size, "messages": q["messages"][:-1],
              "reference": q["reference"], "answer": a.text, "tokens": a.n_tokens,
              **score(a, q["reference"], how)} for i, (q, a) in enumerate(zip(mine, answers))]
@@ -132,7 +132,7 @@ def reference_batches(config: Config, assistant: Assistant, questions: list[dict
     """This rank's prompts with their references; a pair that is too long is cut on the left."""
     block_size, mine = assistant.model.config.block_size, questions[ranks.rank :: ranks.world_size]
     B = config.batch_size or 32
-    for start in range(0, len(mine), B):
+    for start in ranks.in_step(range(0, len(mine), B)):
         batch = mine[start : start + B]
         answers = [q["answer"][:block_size] for q in batch]
         prompts = [q["prompt"][-(block_size + 1 - len(a)) :] for q, a in zip(batch, answers)]

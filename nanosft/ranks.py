@@ -8,6 +8,7 @@ import math
 import os
 import signal
 import time
+from collections.abc import Iterator, Sequence
 from typing import Literal, get_args
 
 import torch
@@ -98,6 +99,14 @@ class Ranks:
         """Reassemble a list, on every rank, from each rank's items [rank::world_size]."""
         turns = itertools.zip_longest(*gather_objects(mine))
         return [item for turn in turns for item in turn if item is not None]
+
+    def in_step(self, items: Sequence) -> Iterator:
+        """This rank's items. The ranks meet after each, also those that have none left: so they
+        wait for a slow one for the time of an item, and not, at the end, for that of all items."""
+        for i in range(max(gather_objects(len(items)))):
+            yield from items[i : i + 1]
+            if self.world_size > 1:
+                dist.barrier()
 
     def pin(self, fields: dict) -> dict:
         """Tensors in pinned memory, if the device is a GPU: a copy from there is only queued."""

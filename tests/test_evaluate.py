@@ -33,8 +33,9 @@ from answer import (
     score,
 )
 from model import GPT
-from nanosft import fast
+from nanosft import fast, ranks as ranks_module
 from nanosft.errors import UserError
+from nanosft.ranks import Ranks
 from tokenizer import TEMPLATES, get_encoding, render, render_prompt
 
 BYTES = get_encoding("bytes")
@@ -286,6 +287,25 @@ def test_template_of_the_flag_comes_before_the_models_and_chat_is_for_base_model
             prompt = render_prompt(BYTES, [{"role": "user", "content": "a"}], used)
             assert calls[-1]["prompts"] == [prompt]
             assert calls[-1]["stop_ids"] == ([260, 256] if used == "chat" else [256])
+
+
+@pytest.mark.parametrize("mine", ["abc", "ab", ""])
+def test_ranks_meet_as_often_after_each_batch_also_those_that_have_none_left(mine, monkeypatch):
+    """Else the lag of a slow rank adds up until the others stop waiting for it."""
+    done, meetings = [], []
+    monkeypatch.setattr(torch.distributed, "barrier", lambda: meetings.append(len(done)))
+    monkeypatch.setattr(ranks_module, "gather_objects", lambda n: [3, n, 2])
+    for item in Ranks(1, 3, torch.device("cpu")).in_step(mine):
+        done.append(item)
+    assert "".join(done) == mine
+    assert meetings == [min(i, len(mine)) for i in (1, 2, 3)]
+
+
+def test_both_losses_and_answers_of_an_evaluation_are_made_in_step(monkeypatch):
+    seen = []
+    monkeypatch.setattr(Ranks, "in_step", lambda ranks, items: seen.append(items) or iter(items))
+    evaluate_both(two_ranks(), "answers_3.jsonl")
+    assert seen == [range(0, 7, 3)] * 2
 
 
 def test_two_ranks_score_each_row_once_and_report_what_one_process_reports():
