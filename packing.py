@@ -47,14 +47,13 @@ class Plan:
         check_plan(self.lengths, block_size, layout, rows_per_step)
         n = len(self.lengths)
         rng = None if seed is None else np.random.default_rng([seed, epoch])
-        order = np.arange(n) if rng is None else rng.permutation(n)
-        sizes = np.ones(n, np.int64)  # the number of examples in each row
+        order = (np.arange(n) if rng is None else rng.permutation(n)).astype(np.int32)
+        sizes = np.ones(n, np.int8)  # the number of examples in each row
         if layout == "fit":
             order, sizes = fit(self.lengths, order, block_size + 1, rng)
         elif layout == "bucket":
             order = bucket(self.lengths, order, rows_per_step, rng)
-        self.order = order.astype(np.int32)
-        self.ends = np.cumsum(self.lengths[order], dtype=np.int64)  # (n,) where each example ends
+        self.order, self.ends = order, np.cumsum(self.lengths[order], dtype=np.int64)  # (n,) each
         if layout == "stream":
             self.begins, self.stops = stream(int(self.lengths.sum(dtype=np.int64)),
                                              block_size, drop_last)
@@ -119,19 +118,19 @@ def fit(lengths: np.ndarray, order: np.ndarray, capacity: int, rng) -> tuple:
     examples keep the order of the data as far as packing allows.
     """
     slots, sizes = pack_lengths(lengths, capacity)
-    packed = np.empty(len(slots), np.int64)  # (n,) examples, row by row
+    packed = np.empty(len(slots), np.int32)  # (n,) examples, row by row
     # the k-th shortest slot takes the k-th shortest example
     packed[np.argsort(slots, kind="stable")] = order[np.argsort(lengths[order], kind="stable")]
     if rng is None:
         first = np.minimum.reduceat(packed, np.cumsum(sizes) - sizes)  # (rows,) first example
-        place = np.empty(len(sizes), np.int64)  # (rows,) where each row goes
+        place = np.empty(len(sizes), np.int32)  # (rows,) where each row goes
         place[np.argsort(first)] = np.arange(len(sizes))
         key = packed  # (n,) sorts the examples of a row
     else:
         place, key = rng.permutation(len(sizes)), rng.random(len(packed))
-    row = np.repeat(place, sizes)  # (n,) the row of each example
-    by_row_then_key = np.lexsort((key, row))
-    return packed[by_row_then_key], np.bincount(row)
+    row = np.repeat(place.astype(np.int32), sizes)  # (n,) the row of each example
+    sizes[place] = sizes.copy()  # in the order of the rows
+    return packed[np.lexsort((key, row))], sizes
 
 
 def pack_lengths(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
@@ -141,7 +140,7 @@ def pack_lengths(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.nda
     the space left: a subset sum over the histogram of lengths.
 
     >>> pack_lengths(np.array([5, 4, 3, 3]), 8)
-    (array([5, 3, 4, 3]), array([2, 2]))
+    (array([5, 3, 4, 3], dtype=int32), array([2, 2], dtype=int32))
     """
     values, counts = np.unique(lengths, return_counts=True)
     unpacked = dict(zip(values.tolist()[::-1], counts.tolist()[::-1]))  # longest first
@@ -159,7 +158,7 @@ def pack_lengths(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.nda
                 del unpacked[length]
         slots += filling * times
         sizes += [len(filling)] * times
-    return np.array(slots, dtype=np.int64), np.array(sizes, dtype=np.int64)
+    return np.array(slots, np.int32), np.array(sizes, np.int32)
 
 
 def nearest_subset(counts: dict[int, int], space: int) -> list[int]:

@@ -160,6 +160,7 @@ class SFTDataset(Dataset):
     def set_epoch(self, epoch: int) -> None:
         """Each epoch has its own order, and as many rows."""
         if epoch != self.epoch:
+            self.plan = None  # freed before the next one is made
             self.epoch, self.plan = epoch, self.plan_of(epoch=epoch)
 
     def __len__(self) -> int:

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 from hypothesis import example, given, strategies as st
 
 from nanosft.errors import UserError
-from packing import LAYOUTS, nearest_subset, pack_lengths, plan_rows
+from packing import LAYOUTS, Plan, nearest_subset, pack_lengths, plan_rows
 
 WHOLE = ("fit", "pad", "bucket")  # the layouts that never cut an example
 T = st.sampled_from([1, 2, 3, 7, 8, 13, 64])
@@ -216,6 +217,17 @@ def test_fit_shuffles_examples_among_rows_and_rows_among_steps():
     assert len(pairs[0] & pairs[1]) < 10
     n_long = sum(len(row) == 1 for row in rows[0][:20])  # in the first half of the epoch
     assert 5 < n_long < 15
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_planning_takes_at_most_40_bytes_an_example(layout):
+    """Each rank plans for itself: 8 of them, for 100 million examples, 32 GB."""
+    lengths = np.random.default_rng(0).integers(5, 500, 200_000, dtype=np.int32)
+    tracemalloc.start()
+    Plan(lengths, 1024, layout, 0, 0, 32)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 40 * len(lengths)
 
 
 # ----- refusals ----------------------------------------------------------------------------------
