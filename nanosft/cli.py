@@ -1,6 +1,5 @@
 """The command line of every script: flags from a dataclass, their bounds, one-line user errors."""
 
-import datetime
 import inspect
 import operator
 import os
@@ -14,6 +13,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from nanosft.errors import NO_SPACE, UserError, one_line
+from nanosft.machine import open_store
 
 BOUNDS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
 NO_PATHS = {"prompt", "system", "columns", "ignore", "where"}  # flags of text, where ~ is only ~
@@ -113,14 +113,11 @@ def is_first_to_report(message: str) -> bool:
 
     If the store cannot be reached, every rank reports: repeated lines are better than none.
     """
-    import torch.distributed as dist
-
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)  # of --max-restarts: the same store
+    store = open_store(5)
     try:
-        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]),
-                              timeout=datetime.timedelta(seconds=5))
-        return store.add(f"nanosft error, attempt {attempt}: {message}", 1) == 1
-    except (KeyError, RuntimeError):  # torch.distributed.DistError is a RuntimeError
+        return not store or store.add(f"nanosft error, attempt {attempt}: {message}", 1) == 1
+    except RuntimeError:  # torch.distributed.DistError is one
         return True
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from nanosft.errors import UserError, explain_write_errors, write_json, written_atomically
+from nanosft.machine import first_on_machine
 
 VERSIONS = {"text": (1,), "sft": (1, 2)}  # of meta.json that are read; the last one is written
 AGAIN = "make the data again"
@@ -40,9 +41,10 @@ def verify(path: Path) -> Path:
     sums = path.with_name(SUMS)  # other programs' folders have no such file
     if sums.is_file():
         lines = sums.read_text(errors="replace").splitlines()
-        if f"{sha256_of(path)}  {path.name}" not in lines:
-            raise UserError(f"{path}: damaged or changed, its sha256 is not in {SUMS}; use another "
-                            f"copy or, if you changed it yourself, delete {SUMS}")
+        with first_on_machine(f"sha256 of {path}") as is_intact:
+            if not is_intact and f"{sha256_of(path)}  {path.name}" not in lines:
+                raise UserError(f"{path}: damaged or changed, its sha256 is not in {SUMS}; use "
+                                f"another copy or, if you changed it yourself, delete {SUMS}")
     return path
 
 
@@ -223,9 +225,10 @@ class Shards:
 
     def _verify(self, shard: int) -> None:
         path, expected = self.folder / self.files[shard]["file"], self.files[shard]["sha256"]
-        if (found := sha256_of(path)) != expected:
-            raise UserError(f"{path}: sha256 {found[:12]}…, but meta.json says {expected[:12]}…; "
-                            f"{AGAIN}")
+        with first_on_machine(f"sha256 of {path}") as is_intact:
+            if not is_intact and (found := sha256_of(path)) != expected:
+                raise UserError(f"{path}: sha256 {found[:12]}…, but meta.json says "
+                                f"{expected[:12]}…; {AGAIN}")
         self.unverified.remove(shard)
 
 

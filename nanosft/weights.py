@@ -15,6 +15,7 @@ from torch import Tensor
 from nanosft.errors import UserError, one_line, write_json
 from nanosft.fast import say
 from nanosft.hf_tokenizer import TOKENIZER_FILES, check_tokenizer
+from nanosft.machine import first_on_machine
 from nanosft.ranks import require_memory
 from nanosft.shards import SUMS, verify
 
@@ -59,7 +60,9 @@ def find_model(name: str | Path) -> Path:
 
     hub_id = f"openai-community/{name}" if name in HUB_GPT2 else name
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=HUB_FILES))
+        with first_on_machine(f"download of {hub_id}") as is_there:
+            return Path(snapshot_download(hub_id, allow_patterns=HUB_FILES,
+                                          local_files_only=is_there))
     except Exception as error:  # the hub raises many types; each means that there is no model
         reason = str(error).strip().partition("\n")[0]
         raise UserError(f"{name}: neither a local folder nor a model on the hub ({reason})"

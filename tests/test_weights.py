@@ -137,7 +137,7 @@ def test_model_changed_and_saved_by_transformers_loads_again(change, tmp_path):
 def test_hub_name_is_downloaded(hugging_face, monkeypatch, tmp_path, name, hub_id):
     folder, asked = hugging_face[128][0], []
 
-    def download(repo, allow_patterns):
+    def download(repo, allow_patterns, local_files_only):
         asked.append((repo, allow_patterns))
         return str(folder)
 
@@ -159,7 +159,7 @@ def assert_refused(name, message: str) -> None:
 
 
 def test_name_that_is_not_on_the_hub_is_refused(monkeypatch, tmp_path):
-    def download(repo, allow_patterns):
+    def download(repo, allow_patterns, local_files_only):
         raise OSError("404 Client Error.\nRepository not found\nfor url")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)

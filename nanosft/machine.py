@@ -1,0 +1,41 @@
+"""What the ranks of one machine share: work that one of them has done, the others need not do."""
+
+import contextlib
+import datetime
+import os
+from collections.abc import Iterator
+
+
+def open_store(seconds: float):
+    """A client of torchrun's key-value store, or None if there is none within these seconds."""
+    from torch.distributed import TCPStore
+
+    try:
+        return TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]),
+                        timeout=datetime.timedelta(seconds=seconds))
+    except (KeyError, RuntimeError):  # torch.distributed.DistError is a RuntimeError
+        return None
+
+
+@contextlib.contextmanager
+def first_on_machine(work: str) -> Iterator[bool]:
+    """Yields False to the first of a machine's ranks that gets here. The others wait for its end,
+    also for longer than --dist_timeout, and get True, or False if it failed.
+
+    Not always local rank 0: that one may be waiting for a rank that would wait for it here.
+    """
+    has_others = os.environ.get("LOCAL_WORLD_SIZE", "1") != "1"
+    store = open_store(30) if has_others else None
+    machine, start = (os.environ.get(name, "0") for name in ("GROUP_RANK",
+                                                             "TORCHELASTIC_RESTART_COUNT"))
+    key, is_done = f"{work}, machine {machine}, start {start}", False
+    if store and store.add(f"{key}, ranks", 1) > 1:
+        store.wait([key], datetime.timedelta(days=7))
+        yield store.get(key) == b"True"
+        return
+    try:
+        yield False
+        is_done = True
+    finally:
+        if store:
+            store.set(key, str(is_done))
