@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Kill, stop, starve and damage small runs on a CPU; about 10 minutes. The last lines are a table.
-#   bash runs/torture.sh [kills restarts stops full_disk damage hosts steps]
+# Kill, stop, starve and damage small runs on a CPU; about 12 minutes. The last lines are a table.
+#   bash runs/torture.sh [kills restarts stops full_disk damage hosts eight steps]
 # As root it also fills a small disk and cuts the cable between two network namespaces.
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -1,6 +1,6 @@
 """Kill, stop, starve and damage small runs, and compare each with an undisturbed one.
 
-    bash runs/torture.sh [PART ...]    # all parts take about 10 minutes; the end is a table
+    bash runs/torture.sh [PART ...]    # all parts take about 12 minutes; the end is a table
 
 Each part is a function that returns what it counted, and asserts that nothing was lost. A part that
 fails does not stop the others.
@@ -25,6 +25,7 @@ from helpers_processes import children_of, is_alive
 from helpers_training import metrics, random_examples, sft_folder, text_folder, weights_of
 
 from nanosft.weights import checkpoints
+from sft_data import SFTDataset
 
 ROOT = Path(__file__).parents[1]
 STEPS = 600
@@ -229,6 +230,52 @@ def hosts(yard: Yard) -> str:
                      if line.startswith("SKIPPED") or " passed" in line or " skipped" in line)
 
 
+def real_chats(yard: Yard) -> tuple[str, str]:
+    """Shards of 300 rows of GSM8K, or generated ones where it is not at hand; and which of them."""
+    folder, source = yard.folder / "chats", ROOT.parent / "shared/data/gsm8k_train.jsonl"
+    lines, now = [], random.Random(0)
+    if source.exists():
+        lines = source.read_text("utf-8").splitlines()[:300]
+    for _ in range(300 - len(lines)):
+        words = now.choices(["red", "blue", "seven", "eight"], k=now.randint(2, 60))
+        lines.append(json.dumps({"prompt": f"Repeat {len(words)}:", "response": " ".join(words)}))
+    (yard.folder / "chats.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
+    subprocess.run([sys.executable, "sft_data.py", "--source", yard.folder / "chats.jsonl", "--out",
+                    folder, "--encoding", "bytes", "--val_fraction", "0.05", "--workers", "1"],
+                   cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    return str(folder), "GSM8K" if source.exists() else "generated rows"
+
+
+def eight(yard: Yard) -> str:
+    """8 ranks on real rows, shares of validation that differ; one is killed; resumed on 4 and 1."""
+    data, name = real_chats(yard)
+    n_val = len(SFTDataset(data, "val", 512))
+    check(n_val % 8 and n_val % 4, f"{n_val} rows of validation are the same for each rank")
+    flags = {"data": data, "trainer": "train_sft", "block_size": 512, "n_embd": 64, "max_steps": 24,
+             "rows_per_step": 8, "save_every": 4, "eval_every": 8, "eval_tokens": 10**6,
+             "eval_prompts": 3}
+    whole, killed = yard.folder / "eight", yard.folder / "eight_killed"
+    yard.finish(whole, 8, **flags)
+    process = yard.start(killed, 8, **flags)
+    wait_for(lambda: rows(killed) > 10, process)
+    os.kill(children_of(process.pid)[5], signal.SIGKILL)
+    check(process.wait(timeout=120) != 0, "torchrun did not notice that rank 5 was killed")
+    check(0 < 4 * len(checkpoints(killed)) <= rows(killed) < 24, "it did not end in the middle")
+    furthest = 0.0
+    for ranks in (4, 1):
+        out = shutil.copytree(killed, yard.folder / f"eight_on_{ranks}")
+        yard.finish(out, ranks, **flags)
+        for ours, theirs in zip(metrics(out), metrics(whole), strict=True):
+            same = all(ours[key] == theirs[key] for key in ("step", "lr", "tokens"))
+            check(same and ours.keys() == theirs.keys(), f"step {ours['step']} has other rows")
+            furthest = max(furthest, *(abs(ours[key] / theirs[key] - 1) for key in
+                                       ("loss", "val_loss") if key in ours))
+    check(furthest < 1e-5, f"losses differ by {furthest:.1e}")
+    losses = [f"{row['val_loss']:.4f}" for row in metrics(whole) if "val_loss" in row]
+    return (f"{name}, rank 5 of 8 killed after step {rows(killed)}, resumed on 4 and on 1: losses "
+            f"differ by at most {furthest:.1e}; val_loss {' '.join(losses)} ({n_val} rows)")
+
+
 def steps(yard: Yard) -> str:
     """20,000 steps: memory and open files after 1,000 steps and at the end."""
     out, found, n = yard.folder / "steps", {}, 20_000
@@ -247,7 +294,8 @@ def steps(yard: Yard) -> str:
             f"{files_after} at the end")
 
 
-PARTS = {part.__name__: part for part in (kills, restarts, stops, full_disk, damage, hosts, steps)}
+PARTS = {part.__name__: part
+         for part in (kills, restarts, stops, full_disk, damage, hosts, eight, steps)}
 
 
 def main(names: list[str]) -> int:
