@@ -362,6 +362,7 @@ def has_varlen(device: torch.device, head_size: int, is_half: bool) -> bool:
     """Does PyTorch's varlen kernel run on this GPU? If not, say so, once."""
     major, minor = torch.cuda.get_device_capability(device)
     reasons = {
+        "CUDA: nobody has tried it on ROCm": torch.version.hip is not None,
         f"a GPU of compute capability 8.0, but this one has {major}.{minor}": major < 8,
         f"a head size of 8, 16, … 256, but n_embd / n_head is {head_size}":
             head_size % 8 or head_size > 256,

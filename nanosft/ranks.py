@@ -138,14 +138,20 @@ def setup_distributed(device: str = "auto", dist_timeout: float = 10, dtype: str
     if device == "auto":
         mps = torch.backends.mps.is_available() and world_size == 1
         device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if device.startswith("cuda:") and os.environ.get("LOCAL_WORLD_SIZE", "1") != "1":
+        raise UserError(f"--device {device} is one GPU, but each process on this machine needs its "
+                        "own; use --device cuda and, to choose them, CUDA_VISIBLE_DEVICES")
     try:
-        local_rank = int(os.environ.get("LOCAL_RANK", 0)) if device == "cuda" else None
-        torch_device = torch.device(device, local_rank)
+        torch_device = torch.device(device, local_rank if device == "cuda" else None)
         torch.empty(1, device=torch_device)  # fails here if there is no such device
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"--device {device}: not available here ({reason}); use another device or "
-                        "fewer processes on this machine") from error
+        reason, n_seen = str(error).splitlines()[0], torch.cuda.device_count()
+        advice = "use another device or fewer processes on this machine"
+        if 0 < n_seen <= local_rank:
+            advice += (f"; local rank {local_rank} sees only {n_seen} GPU(s): if there are more, "
+                       "show all to each process (Slurm: --gpus-per-node, not --gpus-per-task)")
+        raise UserError(f"--device {device}: not available here ({reason}); {advice}") from error
     is_cuda = torch_device.type == "cuda"
     if is_cuda:
         torch.cuda.set_device(torch_device)
@@ -165,9 +171,10 @@ def choose_dtype(name: str, device: torch.device) -> str:
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """The data sheet's rate of this card, if it is known."""
+    """The data sheet's rate of this card, if it is known and not only a part of it is in use."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((rate for card, rate in DATASHEET.items() if card in name), None)
+    is_part = " MIG " in name  # such as "NVIDIA A100-SXM4-40GB MIG 1g.5gb"
+    return next((rate for card, rate in DATASHEET.items() if card in name and not is_part), None)
 
 
 def flops(sizes, tokens: int, head_tokens: int, pairs: int) -> int:

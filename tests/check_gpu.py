@@ -2,11 +2,12 @@
 
     python -m tests.check_gpu                                                       # minutes
     python -m tests.check_gpu --device cpu --n_layer 2 --n_embd 64 --block_size 256   # a rehearsal
+    python -m tests.check_gpu --ranks 2 --n_layer 2 --n_head 12 --n_embd 768   # two GPUs, over NCCL
 
 Both trainers take 20 steps of a small model on the CPU in float32, then on the GPU: in float32
-(with TF32), in bfloat16, compiled, resumed, and on two ranks where there are two GPUs. The losses
-of each step are compared, then the hidden states of packed examples with those of each alone, and
-greedy answers. Prints a line for each comparison; exit code 2 if one fails.
+(with TF32), in bfloat16, compiled, resumed, and on several ranks. The losses of each step are
+compared, then the hidden states of packed examples with those of each alone, and greedy answers.
+Prints a line for each comparison; exit code 2 if one fails.
 """
 
 import dataclasses
@@ -56,6 +57,8 @@ class Config:
     """T, tokens per row"""
     compile: bool = True
     """also compare the compiled model"""
+    ranks: Annotated[int | None, Ge(1)] = None
+    """also compare this many ranks, each on its own GPU; default: 2 where there are two GPUs"""
 
 
 def make_data(folder: Path) -> dict[str, str]:
@@ -118,8 +121,15 @@ def compare_losses(kind: str, data: str, folder: Path, config: Config) -> Iterat
     yield "resumed", difference(again, bfloat16), TIGHT  # a GPU may sum in another order
     if config.compile:
         yield "compiled", difference(run("compiled", dtype="bfloat16", compile=True), cpu), LOOSE
-    if config.device == "cuda" and torch.cuda.device_count() > 1:
-        yield "2 ranks", difference(run("2 ranks", n_ranks=2, dtype="bfloat16"), cpu), LOOSE
+    n = config.ranks or (2 if config.device == "cuda" and torch.cuda.device_count() > 1 else 1)
+    for compile in (False, True)[: 1 + config.compile] if n > 1 else ():
+        name = f"{n} ranks{', compiled' if compile else ''}"
+        on_ranks = run(name, n_ranks=n, dtype="bfloat16", batch_size=1, compile=compile)
+        yield name, difference(on_ranks, cpu), LOOSE
+    if n > 1:
+        again = resumed(kind, data, folder / f"{kind} {n} ranks", folder / f"{kind} on 1", config,
+                        dtype="bfloat16")
+        yield f"{n} ranks, resumed on 1", difference(again, bfloat16), LOOSE
 
 
 @torch.no_grad()

@@ -109,6 +109,9 @@ def test_dense_mask_takes_over_where_the_varlen_kernel_does_not_run_and_says_so_
     monkeypatch.setenv("RANK", "1")
     assert fast.has_varlen(CUDA, head_size, is_half) == (need is None)
     fast.has_varlen.cache_clear()
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert not fast.has_varlen(CUDA, 64, True)
+    fast.has_varlen.cache_clear()
     assert not capsys.readouterr().out  # rank 0 says so for all
 
 

@@ -622,11 +622,33 @@ def test_nccl_is_told_its_device_and_gloo_is_not(monkeypatch):
     assert groups == [("nccl", torch.device("cuda", 1)), ("gloo", None)]
 
 
+@pytest.mark.parametrize("device, settings, message", [
+    ("cuda:1", {"LOCAL_WORLD_SIZE": "2"}, "^--device cuda:1 is one GPU, but each process on this "
+     "machine needs its own; use --device cuda and"),
+    ("cuda", {"LOCAL_RANK": "1"}, r"^--device cuda: not available here \(invalid device ordinal\); "
+     r"use .*; local rank 1 sees only 1 GPU\(s\): if there are more, show all to each process"),
+    ("cuda", {"LOCAL_RANK": "0"}, r"ordinal\); use another device or fewer processes on this "
+     "machine$")])
+def test_gpu_that_a_process_cannot_have_is_a_line_that_helps(device, settings, message,
+                                                             monkeypatch):
+    def no_such_device(*size, device):
+        raise RuntimeError("invalid device ordinal\nCUDA kernel errors might be …")
+
+    monkeypatch.setattr(torch, "empty", no_such_device)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=message) as error:
+        train_gpt2.setup_distributed(device)
+    assert len(str(error.value)) <= 300
+
+
 @pytest.mark.parametrize("card, dtype, share", [
     ("NVIDIA H100 80GB HBM3", "bfloat16", 855 / 989),
     ("NVIDIA H100 PCIe", "bfloat16", 855 / 756),
     ("NVIDIA H100 80GB HBM3", "float32", None),
     ("NVIDIA T4", "bfloat16", None),
+    ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", "bfloat16", None),
 ])
 def test_mfu_is_shown_for_a_known_card(card, dtype, share, tmp_path, monkeypatch):
     """GPT-2 124M at T = 1024 needs 855 MFLOP a token: 6 * (85 M + 39 M) and 113 M for attention."""
