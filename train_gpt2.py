@@ -34,7 +34,7 @@ from nanosft.cli import run_cli
 from nanosft.ranks import CPU, Ranks, setup_distributed
 from nanosft.run import Run, RunFlags, new_checkpoint, read_state
 from nanosft.shards import Shards, read_meta
-from nanosft.weights import pad_vocab
+from nanosft.weights import check_model_size, pad_vocab
 from tokenizer import get_encoding
 
 # Source: GPT-3 (Brown et al. 2020), appendix B; the rest of its recipe is in Config
@@ -306,7 +306,7 @@ def make_model(config: Config, meta: dict) -> GPT:
         sizes = {key: getattr(config, key) for key in ("n_layer", "n_head", "n_embd")}
         sizes = {key: value for key, value in sizes.items() if value is not None}
         sizes = GPTConfig(config.block_size, pad_vocab(n_vocab), n_vocab=n_vocab, **sizes)
-        checks.check_model_size(sizes)
+        check_model_size(sizes)
         return GPT(sizes)
     gpt = GPT.from_pretrained(config.init, get_encoding(meta["encoding"]))
     # the data may use ids that the model did not: GPT-2's 50257 grow to 50261 with chats

@@ -18,7 +18,7 @@ from nanosft.errors import UserError, free_bytes
 from nanosft.fast import CHUNK_BYTES
 from nanosft.ranks import gather_objects, require_memory
 from nanosft.shards import check_empty
-from nanosft.weights import check_model_size, checkpoints, pad_vocab
+from nanosft.weights import checkpoints, count_parameters, pad_vocab
 
 TOKEN_BYTES = 32  # of a token in a row: its id, label, weight, and segment
 ADVICE = "lower --learning_rate, lengthen --warmup_steps, or set --grad_clip 1"
@@ -177,8 +177,8 @@ def require_weight(percent: int) -> None:
                         "--eval_tokens to evaluate more of them")
 
 
-def check_memory(sizes, config, ranks) -> str:
-    """What a rank needs at its peak, as a line to print. UserError if it has less.
+def bytes_needed(sizes, config, ranks) -> float:
+    """What a rank needs at its peak.
 
     Weights, gradients, and AdamW's two moments take 16 bytes a parameter. A layer keeps about
     17 * C values per token for the backward pass (2 bytes each in bfloat16); the loss holds a
@@ -189,10 +189,16 @@ def check_memory(sizes, config, ranks) -> str:
     chunk = min(CHUNK_BYTES["cpu" if ranks.device.type == "cpu" else "cuda"],
                 4 * at_once * sizes.vocab_size)
     rows = TOKEN_BYTES * config.block_size * config.rows_per_step / ranks.world_size
+    return 16 * count_parameters(sizes) + kept + 2 * chunk + rows
+
+
+def check_memory(sizes, config, ranks) -> str:
+    """What a rank needs at its peak, as a line to print. UserError if it has less."""
     need = require_memory(
-        16 * check_model_size(sizes) + kept + 2 * chunk + rows,
+        bytes_needed(sizes, config, ranks),
         f"--batch_size {config.batch_size} and --rows_per_step {config.rows_per_step} of "
-        f"--block_size {config.block_size} with n_layer {L}, n_embd {C}", ranks.device)
+        f"--block_size {config.block_size} with n_layer {sizes.n_layer}, n_embd {sizes.n_embd}",
+        ranks.device)
     return f"about {need} ({ranks.device.type})"
 
 

@@ -117,12 +117,16 @@ def open_model(name: str | Path, encoding=None) -> tuple[Path, dict[str, int]]:
     return folder, sizes
 
 
-def check_model_size(sizes) -> float:
-    """The number of parameters of a GPTConfig. UserError if they do not fit in float32."""
+def count_parameters(sizes) -> int:
+    """Of a GPTConfig, padding ids included."""
     V, T, L, C = sizes.vocab_size, sizes.block_size, sizes.n_layer, sizes.n_embd
-    n_params = (V + T) * C + L * (12 * C + 13) * C + 2 * C
-    require_memory(4 * n_params, f"a model with --n_layer {L}, --n_embd {C}, --block_size {T}")
-    return n_params
+    return (V + T) * C + L * (12 * C + 13) * C + 2 * C
+
+
+def check_model_size(sizes) -> None:
+    """UserError if the parameters of a GPTConfig do not fit in float32."""
+    require_memory(4 * count_parameters(sizes), f"a model with --n_layer {sizes.n_layer}, --n_embd "
+                   f"{sizes.n_embd}, --block_size {sizes.block_size}")
 
 
 def read_tensors(folder: Path, like: dict[str, Tensor], n_vocab: int) -> dict[str, Tensor]:

@@ -20,9 +20,10 @@ import sft_data
 import train_gpt2
 import train_sft
 from nanosft import ranks
-from nanosft.checks import check_memory, check_model_size, require_row
+from nanosft.checks import check_memory, require_row
 from nanosft.cli import bounds_of
 from nanosft.errors import UserError
+from nanosft.weights import check_model_size, count_parameters
 from tools import ablations, bench, compare_peers, export, playground, plot
 
 TRAIN = ["--device", "cpu", "--block_size", 16, "--batch_size", 1, "--rows_per_step", 2, "--epochs",
@@ -124,7 +125,7 @@ def test_parameters_are_counted_exactly():
     from model import GPT, GPTConfig
 
     config = GPTConfig(block_size=24, vocab_size=128, n_layer=3, n_head=2, n_embd=16)
-    assert check_model_size(config) == sum(p.numel() for p in GPT(config).parameters())
+    assert count_parameters(config) == sum(p.numel() for p in GPT(config).parameters())
 
 
 def test_memory_is_printed_at_the_start_of_a_run(folder, command, tmp_path, monkeypatch):

@@ -70,8 +70,9 @@ def test_every_documented_command_has_the_flags_it_names(name):
             tyro.cli(config, args=shlex.split(arguments), use_underscores=True)
 
 
-def test_examples_in_the_readme_print_what_they_say():
-    result = doctest.testfile(str(ROOT / "README.md"), module_relative=False)
+@pytest.mark.parametrize("name", ["README.md", "docs/scale.md"])
+def test_examples_in_the_documentation_print_what_they_say(name):
+    result = doctest.testfile(str(ROOT / name), module_relative=False, encoding="utf-8")
     assert (result.attempted > 0, result.failed) == (True, 0)
 
 
