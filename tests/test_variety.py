@@ -68,7 +68,8 @@ def test_table_gives_mean_lowest_and_highest_of_the_seeds():
         "| 1 | trained | 20 | 50% (25% to 75%) | 2.0 (1.0 to 3.0) | 2.0 (1.0 to 3.0) |"]
 
 
-def test_a_tiny_run_fits_its_chats_and_measures_each_half(tmp_path, capsys):
+def test_a_tiny_run_fits_its_chats_and_measures_each_half(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(variety, "NAMES", 8)
     out = tmp_path / "out"
     variety.main(Config(seeds=(1,), out=str(out), pretraining_steps=10, steps=4))
     lines = capsys.readouterr().out.splitlines()
@@ -79,7 +80,7 @@ def test_a_tiny_run_fits_its_chats_and_measures_each_half(tmp_path, capsys):
         for step in (0, 4)}
     for n in variety.SHOWN:
         rows = (out / f"seed_1/sft_{n}.jsonl").read_text().splitlines()
-        assert len(rows) == 32 * n
+        assert len(rows) == 4 * n
         losses = [json.loads(line)["loss"] for line in
                   (out / f"seed_1/sft_{n}/metrics.jsonl").read_text().splitlines()]
         assert len(losses) == 4 and losses[-1] < losses[0]

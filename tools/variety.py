@@ -40,7 +40,7 @@ from tokenizer import get_encoding, render_prompt
 ENCODING = get_encoding("bytes")
 END = ENCODING.encode_single_token("<|end|>")
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
-N, SHOWN = 4, (1, 2, 4)  # right answers to a question; how many of them the SFT data shows
+NAMES, N, SHOWN = 64, 4, (1, 2, 4)  # names; right answers to each; how many the SFT data shows
 
 
 @dataclasses.dataclass
@@ -60,7 +60,7 @@ class Config:
 def make_items(seed: int) -> list[list[Item]]:
     """The N facts about each name; the first half of the names is trained."""
     rng = random.Random(seed)
-    names = rng.sample([a + b for a in LETTERS[:8] for b in LETTERS[:8]], 64)
+    names = rng.sample([a + b for a in LETTERS[:8] for b in LETTERS[:8]], NAMES)
     return [[Item(name, f"What is {name}?", f"{name}={value}.") for value in rng.sample(LETTERS, N)]
             for name in names]
 
@@ -115,7 +115,7 @@ def pretrain(config: Config, folder: Path, seed: int) -> None:
 def fine_tune(config: Config, folder: Path, seed: int, shown: int) -> list[dict]:
     """The lesson's fine-tuning; one result for trained and one for held-out names each 20 steps."""
     items, name, results = make_items(seed), f"{folder}/sft_{shown}", []
-    parts = {"trained": items[:32], "held out": items[32:]}
+    parts = {"trained": items[: NAMES // 2], "held out": items[NAMES // 2 :]}
     write_rows(Path(f"{name}.jsonl"), [{"question": item.question, "answer": item.fact}
                                        for some in parts["trained"] for item in some[:shown]])
     sft_data.main(sft_data.Config(source=(f"{name}.jsonl",), encoding="bytes", workers=1,
