@@ -96,7 +96,7 @@ def read_pair(used: dict, unused: dict, reading: Reading) -> list[dict]:
 
 
 def holds_messages(value) -> bool:
-    """A list of messages, or one message."""
+    """A list of messages, one message, or OpenAI's {"messages": …}."""
     return isinstance(value[0] if isinstance(value, list) and value else value, dict)
 
 
@@ -153,7 +153,8 @@ MESSAGE_KEY = "message key "  # before the name of a message's key among the col
 MEDIA = ("image", "images", "audio", "video", "videos")
 MAGPIE = {"intent", "knowledge", "difficulty"}  # its `knowledge` names what a prompt asks for
 TREE_NAMES = {"role", "parent_id", "message_id", "message_tree_id"}
-WORSE = ("rejected", "rejected_response", "rejected_messages", "rejected_output")
+WORSE = ("rejected", "rejected_response", "rejected_messages", "rejected_output",
+         "non_preferred_output")  # the last one is OpenAI's
 REFUSED = frozenset({*MEDIA, *TREE_NAMES, *WORSE})
 
 BAR = r"[|\uff5c]"  # the second one is DeepSeek's
@@ -274,8 +275,9 @@ def refuse_by_name(columns: dict, form: Form | None, reading: Reading) -> None:
 
 def better_answer(columns: dict, worse: str, reading: Reading) -> str:
     """The flags that train the better answer of a preference row."""
-    better = worse.replace("rejected", "chosen")
-    answer, chats = columns.get(better), [name for name in CHATS if name in columns]
+    better = worse.replace("rejected", "chosen").removeprefix("non_")
+    answer = columns.get(better)
+    chats = [name for name in (*CHATS, "input") if holds_messages(columns.get(name))]
     if not answer:
         return reading.ignoring(worse)
     if isinstance(answer, list) and len(answer) > 1:  # the whole chat
@@ -297,7 +299,10 @@ def read_turns(column: str, turns, unused: dict, reading: Reading) -> list[dict]
         except (ValueError, RecursionError) as error:
             raise UserError(f"`{column}` is a string, but not JSON: {show(turns)}") from error
         require_shallow(f"`{column}`", turns)
-    turns = [turns] if isinstance(turns, dict) else turns
+    if isinstance(turns, dict):  # one message, or OpenAI's {"messages": …, "tools": …}
+        others = turns.keys() - {"messages"} if "messages" in turns else ()
+        unused |= {key: [turns[key]] for key in others}
+        turns = turns.get("messages", [turns])
     kinds = {*map(type, turns)} if isinstance(turns, list) else {None}
     if kinds == {str}:
         turns = [{"role": ("user", "assistant")[i % 2], "content": turn}
@@ -488,13 +493,9 @@ def is_label(text: str) -> bool:
 
 
 def repeats(text: str, texts: list) -> bool:
-    """Whether a string lies in a text that is used, or renders them, as Alpaca's `text` does: it
-    holds the prompt and the answer, or one of them that is not short.
-    """
-    texts = [used for used in texts if isinstance(used, str) and used]
-    held = [used for used in texts if re.search(rf"(?<!\w){re.escape(used)}(?!\w)", text)]
-    return (any(text in used for used in texts) or any(len(used) >= 10 for used in held)
-            or len(held) == len(texts) > 1)
+    """Whether a string lies in a text that is used, or renders one, as Alpaca's `text` does."""
+    return any(text in used or (len(used) >= 10 and used in text)
+               for used in texts if isinstance(used, str))
 
 
 FIRST_ROWS = 1000

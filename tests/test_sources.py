@@ -402,6 +402,8 @@ HUMAN, GPT = {"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}
     {"conversations": [HUMAN], "chosen": "A", "rejected": "B"},
     {"messages": [QUESTION, ANSWER], "rejected_response": "B"},  # ms-swift
     {"query": "Q", "response": "A", "rejected_response": "B"},
+    {"input": {"messages": [QUESTION], "tools": [], "parallel_tool_calls": True},  # OpenAI
+     "preferred_output": [ANSWER], "non_preferred_output": [WORSE]},
 ], ids=str)
 def test_advice_for_a_preference_row_trains_its_better_answer(row):
     with pytest.raises(UserError, match="a preference row") as error:
@@ -419,6 +421,13 @@ def test_preference_row_without_a_prompt_can_be_trained_as_text():
         messages_of(row)
     reading = Reading(columns="text=chosen", ignore=("rejected",))
     assert messages_of(row, reading) == row["chosen"]
+
+
+def test_tools_beside_openai_messages_are_not_lost():
+    prompt = {"messages": [QUESTION], "tools": [{"name": "f"}]}
+    row = {"input": prompt, "preferred_output": [ANSWER]}
+    with pytest.raises(UserError, match="`tools` holds text that would be lost"):
+        messages_of(row, Reading(columns="prompt=input,response=preferred_output"))
 
 
 def test_advice_repeats_the_flags_that_were_given():
