@@ -141,8 +141,6 @@ ROLES = {"developer": "system", "human": "user", "prompter": "user", "input": "u
 ROLES |= dict.fromkeys(("gpt", "model", "bot", "output", "chatgpt", "ai", "chatbot", "bard",
                         "bing", "claude", "llm"), "assistant")
 ROLES |= {role: role for role in EXCHANGE}
-TOOL_ROLES = {"tool", "tools", "function", "function_call", "function_response", "tool_call",
-              "tool_response", "observation", "ipython"}
 # Text here usually belongs to the prompt or the answer, so a row that would lose it is refused.
 # `text` is not among them: Alpaca's is a rendering of the same row.
 TEXT_NAMES = COLUMN_NAMES - {"text"} | {
@@ -199,15 +197,18 @@ def messages_of(row: dict, reading: Reading | None = None, counts: Counts | None
                         f"{show(sorted(columns))}; see the forms in data/README.md, or say which "
                         "is which: --columns prompt=…,response=…")
     used, is_text = {name: columns.pop(name) for name in names}, form.read is read_text
-    check_feedback(columns, reading)
-    weight = take_weight(columns, "text" if is_text else "assistant", reading)
+    weight = None
+    if columns:
+        check_feedback(columns, reading)
+        weight = take_weight(columns, "text" if is_text else "assistant", reading)
     messages, free = form.read(used, unused, reading), None  # free: what --columns may add
     if not is_text:
         messages = [scaled(turn, weight) for turn in with_system(messages, columns)]
         free = "system" if messages and messages[0]["role"] != "system" else None
         free = "input" if len(used) == 2 and isinstance(used[names[0]], str) else free
     unused |= {name: [value] for name, value in columns.items()}
-    check_unused(unused, messages, free, reading, counts)
+    if unused:
+        check_unused(unused, messages, free, reading, counts)
     return repaired(messages, counts) if reading.repair and not is_text else messages
 
 
@@ -355,9 +356,9 @@ def role_named(role) -> str:
     if name not in ROLES:
         name = re.sub(r"^\W+|\W+$", "", name).lower()
     if name not in ROLES:
-        why = ("tool and function turns are not supported" if name in TOOL_ROLES else
-               "the known roles are system, user, assistant, and their aliases in data/README.md")
-        raise UserError(f"role {show(role)} is not read ({why}); leave out such rows")
+        raise UserError(f"role {show(role)} is not read, only system, user, assistant, and their "
+                        "aliases in data/README.md (no tool or function turns); leave out such "
+                        "rows")
     return ROLES[name]
 
 
@@ -400,8 +401,9 @@ def instructed(message: dict, keys: dict, unused: dict, reading: Reading) -> dic
     `user.train` in --ignore is the key `train` of user messages.
     """
     role = message["role"]
-    keys = {f"{role}.{key}" if f"{role}.{key}" in reading.ignore else key: value
-            for key, value in keys.items()}
+    if reading.ignore:
+        keys = {f"{role}.{key}" if f"{role}.{key}" in reading.ignore else key: value
+                for key, value in keys.items()}
     weight = take_weight(keys, role, reading)
     for key, value in keys.items():
         unused.setdefault(f"{MESSAGE_KEY}{key}", []).append(value)
@@ -422,14 +424,14 @@ def with_system(messages: list[dict], columns: dict) -> list[dict]:
 
 
 class UnusedError(UserError):
-    """lost: {key that is not used: what it holds, which may matter to training}."""
+    """lost: {key that is not used: what it holds that may matter to training, and what to do}."""
 
     def __init__(self, lost: dict[str, str], reading: Reading):
         self.lost = lost
         first, *others = keys = [*lost]
         ends = itertools.accumulate(len(key) + 1 for key in keys)
         fitting = [key for key, end in zip(keys, ends) if end <= 150] or [first]
-        what = f"`{first}` {lost[first]} leave it out"
+        what = f"`{first}` {lost[first]}"
         if others:
             what = (f"`{first}` and {len(others)} more are not used, but hold text or flags; map "
                     "them with --columns, or leave them out")
@@ -443,17 +445,16 @@ def check_unused(unused: dict[str, list], messages: list[dict] | str, free: str 
     unused: {column or key of messages: its values}. free: the name under which --columns can still
     add a column's text to the prompt.
     """
-    texts, lost = [], {}
-    if unused:
-        texts = [messages] if isinstance(messages, str) else [turn["content"] for turn in messages]
+    texts = [messages] if isinstance(messages, str) else [turn["content"] for turn in messages]
+    lost = {}
     for name, values in unused.items():
         counts["unused", name] += holds_text(values)
         key = name.removeprefix(MESSAGE_KEY)
         for value, _ in itertools.groupby(values) if key not in reading.ignore else ():
             if what := what_is_lost(name, value, unused, texts):
-                if free and isinstance(value, str) and name == key:
-                    what += f" say what it is, as {reading.mapping_to(f'{free}={key}')}, or"
-                lost.setdefault(key, what)
+                can_map = free and isinstance(value, str) and name == key
+                use = f"say what it is, as {reading.mapping_to(f'{free}={key}')}, or "
+                lost.setdefault(key, f"{what}; {use if can_map else ''}leave it out")
     if lost:
         raise UnusedError(lost, reading)
 
@@ -469,7 +470,7 @@ def what_is_lost(name: str, value, unused: dict, texts: list) -> str | None:
     for inner, text in strings_in(value, key):
         if value not in texts and (is_text or not (  # UltraChat's `prompt` is the first message
                 is_label(text) or says_nothing(inner) or repeats(text, texts))):
-            return f"holds text that would be lost: {show(value)};"
+            return f"holds text that would be lost: {show(value)}"
     return None
 
 

@@ -241,9 +241,9 @@ def may_instruct(key: str, value, in_message: bool) -> str | None:
     """
     if in_message and (marks_bad_answer(key, value) or (not says_nothing(key, FACTS) and (
             is_number(value) or word(value) in ("true", "false")))):
-        return f"is {show(value, 40)} in a message, which may say what to train;"
+        return f"is {show(value, 40)} in a message, which may say what to train"
     for inner, said in value.items() if isinstance(value, dict) else ():
         is_clear = says_what_to_train(inner, said) and kind_of(inner) not in ("role", "other")
         if is_clear and weight_of(inner, said) not in (1, None):
-            return f"holds `{inner}`, which may say what to train;"
+            return f"holds `{inner}`, which may say what to train"
     return None

@@ -310,7 +310,7 @@ QA = {"question": "Q", "answer": "A"}
                                            {"type": "image_url", "image_url": "b"}]}, ANSWER]},
      "message 0: a part of type 'image_url'", "leave out such rows"),
     ({"messages": [QUESTION, ANSWER, {"role": "tool", "content": "4"}]},
-     "message 2: role 'tool' is not read (tool and", "leave out such rows"),
+     "message 2: role 'tool' is not read", "leave out such rows"),
     ({"conversations": [{"from": "function_call", "value": "f()"}]},
      "message 0: role 'function_call'", "leave out such rows"),
     ({"messages": [QUESTION | {"role": "bob" * 99}, ANSWER]}, "message 0: role 'bobbob", "aliases"),
