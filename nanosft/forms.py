@@ -197,10 +197,9 @@ def messages_of(row: dict, reading: Reading | None = None, counts: Counts | None
                         f"{show(sorted(columns))}; see the forms in data/README.md, or say which "
                         "is which: --columns prompt=…,response=…")
     used, is_text = {name: columns.pop(name) for name in names}, form.read is read_text
-    weight = None
-    if columns:
-        check_feedback(columns, reading)
-        weight = take_weight(columns, "text" if is_text else "assistant", reading)
+    check_feedback(columns, reading)
+    role = "text" if is_text else "assistant"
+    weight = take_weight(columns, role, reading) if columns else None
     messages, free = form.read(used, unused, reading), None  # free: what --columns may add
     if not is_text:
         messages = [scaled(turn, weight) for turn in with_system(messages, columns)]
@@ -301,9 +300,8 @@ def read_turns(column: str, turns, unused: dict, reading: Reading) -> list[dict]
             raise UserError(f"`{column}` is a string, but not JSON: {show(turns)}") from error
         require_shallow(f"`{column}`", turns)
     if isinstance(turns, dict):  # one message, or OpenAI's {"messages": …, "tools": …}
-        others = turns.keys() - {"messages"} if "messages" in turns else ()
-        unused |= {key: [turns[key]] for key in others}
-        turns = turns.get("messages", [turns])
+        turn, turns = turns, turns.get("messages", [turns])
+        unused |= {key: [turn[key]] for key in turn if "messages" in turn and key != "messages"}
     kinds = {*map(type, turns)} if isinstance(turns, list) else {None}
     if kinds == {str}:
         turns = [{"role": ("user", "assistant")[i % 2], "content": turn}
