@@ -2,6 +2,7 @@
 
 import datetime
 import inspect
+import io
 import operator
 import os
 import re
@@ -28,6 +29,9 @@ def run_cli(main: Callable, config_class: type) -> None:
     """
     import tyro
 
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # escape what is not in a terminal's encoding
+            stream.reconfigure(errors="backslashreplace")
     if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun started this process
         end_with(os.getppid())
     try:
