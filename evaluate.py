@@ -29,7 +29,7 @@ from answer import (
 from model import GPT, IGNORE_INDEX
 from nanosft import fast
 from nanosft.cli import run_cli
-from nanosft.errors import UserError
+from nanosft.errors import UserError, to_json
 from nanosft.forms import Counts, Reading, examined, messages_of
 from nanosft.ranks import Dtype, Ranks, setup_distributed
 from nanosft.sources import read_sources
@@ -46,7 +46,8 @@ class Config(Reading):
     data: str
     """rows with a reference answer: a file or a hub dataset, as --source of sft_data.py"""
     extract: Literal[("auto", *EXTRACTIONS)] = "auto"
-    """part to compare; gsm8k: N of `#### N`; answer: <answer>N</answer>; auto: by the first row"""
+    """part to compare; gsm8k: the number of `#### N`; answer: <answer>N</answer>; whole: all;
+    auto: the first of these that fits all references"""
     template: Template | None = None
     """of the prompts; None: the one the model was trained with, or chat for a base model"""
     max_examples: Annotated[int | None, Ge(1)] = None
@@ -84,8 +85,8 @@ def read_questions(config: Config, assistant: Assistant) -> list[dict]:
         except UserError as error:
             raise UserError(f"{place}: {error}") from error
         answer = ids[len(prompt) :]
-        if template == "chat":
-            answer = answer[:-1]  # <|end|> ends an answer; nothing predicts <|endoftext|>
+        if template == "chat":  # <|end|> ends an answer, or <|endoftext|> if the model has no other
+            answer.pop(-1 if answer[-2] < assistant.model.config.n_vocab else -2)
         questions.append({"place": place, "prompt": prompt, "answer": answer, "messages": messages,
                           "reference": messages[-1]["content"]})
     if not questions:
@@ -94,8 +95,10 @@ def read_questions(config: Config, assistant: Assistant) -> list[dict]:
 
 
 def choose_extraction(config: Config, questions: list[dict]) -> str:
-    """--extract, or what fits the first reference; UserError if a reference lacks that format."""
-    how = extraction_for(questions[0]["reference"]) if config.extract == "auto" else config.extract
+    """--extract, or what fits all references; UserError if a reference lacks that format."""
+    how = config.extract
+    if how == "auto":
+        how = extraction_for(question["reference"] for question in questions)
     for question in questions:
         if extract(question["reference"], how) is None:
             raise UserError(f"{question['place']}: the reference does not have the format {how!r}; "
@@ -175,7 +178,7 @@ def main(config: Config) -> None:
     result = {"model": config.model, "data": config.data, **summarize(records, how), **losses}
     for key, value in result.items():
         print(f"{key:14} {value:.4f}" if isinstance(value, float) else f"{key:14} {value}")
-    print(json.dumps(result))
+    print(to_json(result))
 
 
 if __name__ == "__main__":
