@@ -126,7 +126,7 @@ def suggestions(trained: list[Item], heldout: list[Item]) -> list[dict]:
 
 
 def write_rows(path: Path, rows: list[dict]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
 
 
 def main(config: Config) -> None:

@@ -61,9 +61,10 @@ def lock(out: str | Path) -> filelock.BaseFileLock:
     held = filelock.FileLock(path, fallback_to_soft=False)
     try:
         held.acquire(timeout=1)  # a rank that only checks the lock holds it for an instant
-        path.write_text(me)
+        path.write_text(me, "utf-8")
     except filelock.Timeout as error:
-        holder = path.read_text() if os.name != "nt" else ""  # Windows lets no other process read
+        # Windows lets no other process read
+        holder = path.read_text("utf-8") if os.name != "nt" else ""
         if holder != me:  # a failed run in this notebook may still hold it
             raise UserError(f"--out {out} is in use by {holder or 'another run'}; stop it or "
                             "choose another folder") from error

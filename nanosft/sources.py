@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import re
 import signal
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -303,11 +304,15 @@ def map_chunk(chunk: list[tuple], work: Callable, config) -> tuple[list, list, C
 def ordered_map(work: Callable, chunks: Iterable, workers: int, *args) -> Iterator:
     """work(chunk, *args) for each chunk, in order, on `workers` processes; few are held at once."""
     workers = min(workers, os.cpu_count() or 1)  # more would only take memory
+    if sys.platform == "win32":
+        workers = min(workers, 61)  # as many as concurrent.futures takes
     if workers == 1:
         yield from (work(chunk, *args) for chunk in chunks)
         return
-    # fork inherits the loaded vocabulary; elsewhere each process loads its own
-    context = multiprocessing.get_context("fork" if hasattr(os, "fork") else "spawn")
+    # fork inherits the loaded vocabulary. Windows has none, and macOS's libraries are not made for
+    # it (bugs.python.org/issue33725): there, each process loads its own
+    forks = hasattr(os, "fork") and sys.platform != "darwin"
+    context = multiprocessing.get_context("fork" if forks else "spawn")
     with concurrent.futures.ProcessPoolExecutor(
             workers, context, start_worker, (os.getpid(),)) as pool:
         waiting = collections.deque()

@@ -29,7 +29,7 @@ import evaluate
 import sft_data
 import train_sft
 from nanosft.cli import run_cli
-from nanosft.errors import UserError
+from nanosft.errors import UserError, write_json
 from nanosft.sources import read_rows
 
 STYLES = {"direct": "cot", "cot": "direct"}  # column with the answer: the column to ignore
@@ -241,8 +241,8 @@ def main(config: Config) -> None:
     for name in ("sft_shards", "runs", "answers"):
         shutil.rmtree(root / name, ignore_errors=True)
     results = run_all(config)
-    (root / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    (root / "table.md").write_text(table(results))
+    write_json(root / "results.json", results)
+    (root / "table.md").write_text(table(results), "utf-8")
     draw(root / "reasoning.png", results, config.sizes)
     print("\n" + table(results) + f"\n{root / 'reasoning.png'}")
 

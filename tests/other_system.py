@@ -1,0 +1,91 @@
+"""Imitate what Windows lacks, then run every command: python tests/other_system.py FOLDER
+
+The commands run as a user would call them, with two workers, which import this file, too.
+"""
+
+import importlib
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+MODULES = ("fcntl", "resource", "pwd", "grp", "termios")
+FUNCTIONS = ("fork", "sysconf", "getuid", "geteuid", "getpgid", "killpg", "setsid", "O_DIRECTORY")
+SIGNALS = ("SIGKILL", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGALRM", "SIGCHLD")
+
+
+def take_away() -> None:
+    """From now on, this process lacks and refuses what Windows does."""
+    sys.modules |= dict.fromkeys(MODULES)  # `import` finds None and raises
+    for module, names in ((os, FUNCTIONS), (signal, SIGNALS)):
+        for name in names:
+            delattr(module, name)
+    os.open, os.fsync = refusing(os.open, open_folder), refusing(os.fsync, only_read)
+    os.rename, os.replace = (refusing(f, onto_a_folder) for f in (os.rename, os.replace))
+    os.kill = refusing(os.kill, another_process)
+    shutil._use_fd_functions = False  # rmtree would open folders
+
+
+def refusing(function, is_refused):
+    def call(*args, **kwargs):
+        if is_refused(*args):
+            raise PermissionError(13, f"{is_refused.__name__}, on Windows", str(args[0]))
+        return function(*args, **kwargs)
+    return call
+
+
+def open_folder(path, *_) -> bool:
+    return os.path.isdir(path)
+
+
+def only_read(descriptor) -> bool:
+    flags = Path(f"/proc/self/fdinfo/{descriptor}").read_text("utf-8").split()[3]
+    return int(flags, 8) & os.O_ACCMODE == os.O_RDONLY
+
+
+def onto_a_folder(_, target) -> bool:
+    return os.path.isdir(target)
+
+
+def another_process(pid, number) -> bool:
+    return pid != os.getpid() or number != signal.SIGTERM  # 0 would be Ctrl-C
+
+
+def run(command: str, *flags) -> None:
+    """One command as its script would run it."""
+    from nanosft.cli import run_cli
+
+    module = importlib.import_module(command)
+    sys.argv = [command, *map(str, flags)]
+    run_cli(module.main, module.Config)
+
+
+def main(folder: Path) -> None:
+    """A text and two chats to a model that answers them."""
+    size = ("--n_layer", 1, "--n_head", 2, "--n_embd", 32, "--block_size", 64, "--device", "cpu")
+    steps = ("--batch_size", 1, "--rows_per_step", 2, "--save_every", 1, "--keep", 1, *size)
+    chats, bytes_ = folder / "chats.jsonl", ("--encoding", "bytes", "--workers", 2)
+    (folder / "sft").mkdir()  # an empty folder may be there already
+    run("fineweb", "--source", folder / "text.txt", "--out", folder / "text", *bytes_)
+    run("sft_data", "--source", f"{chats}*150", "--out", folder / "sft", *bytes_)
+    run("sft_data", "--show", 1, "--data", folder / "sft", "--html", folder / "mask.html")
+    run("train_gpt2", "--data", folder / "text", "--out", folder / "base", "--max_steps", 2, *steps)
+    for minutes in (0.0001, 100):  # stopped, then resumed
+        try:
+            run("train_sft", "--data", folder / "sft", "--out", folder / "run", "--max_steps", 3,
+                "--init", "scratch", "--resume", "--max_minutes", minutes, *steps)
+        except SystemExit as stopped:
+            assert stopped.code == 0
+    run("evaluate", "--model", folder / "run", "--data", chats, "--save", folder / "answers.jsonl",
+        "--max_new_tokens", 8, "--device", "cpu")
+    run("tools.export", "--model", folder / "run", "--out", folder / "export")
+    run("chat", "--model", folder / "export", "--prompt", "hi 東京", "--max_new_tokens", 8)
+    print("all commands: 東京")
+
+
+take_away()
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    main(Path(sys.argv[1]))
