@@ -18,8 +18,13 @@ only, so a right answer there is knowledge that SFT did not add.
 import dataclasses
 import json
 import random
+import sys
 from pathlib import Path
 from typing import Annotated, NamedTuple
+
+if __name__ == "__main__" and not __package__:  # run by its path: nothing below is found
+    print("error: in the project's folder, run python -m data.worksheet", file=sys.stderr)
+    sys.exit(2)
 
 from annotated_types import Ge, Le
 

@@ -1,4 +1,4 @@
-"""Imitate what Windows lacks, then run every command: python tests/other_system.py FOLDER
+"""Imitate what Windows lacks, then run every command: python -m tests.other_system FOLDER
 
 The commands run as a user would call them, with two workers, which import this file, too.
 """
@@ -10,7 +10,6 @@ import signal
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
 MODULES = ("fcntl", "resource", "pwd", "grp", "termios")
 FUNCTIONS = ("fork", "sysconf", "getuid", "geteuid", "getpgid", "killpg", "setsid", "O_DIRECTORY")
 SIGNALS = ("SIGKILL", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGALRM", "SIGCHLD")
@@ -87,5 +86,4 @@ def main(folder: Path) -> None:
 
 take_away()
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
     main(Path(sys.argv[1]))

@@ -27,7 +27,7 @@ def test_all_commands_run_without_what_windows_lacks_and_in_a_locale_of_ascii(tm
     (tmp_path / "text.txt").write_text("To be or not — 東京.\n" * 400, "utf-8")
     chats = tmp_path / "chats.jsonl"
     chats.write_text('{"prompt": "hi 東京", "response": "é €"}\n' * 2, "utf-8")
-    found = subprocess.run([sys.executable, ROOT / "tests/other_system.py", tmp_path], cwd=tmp_path,
+    found = subprocess.run([sys.executable, "-m", "tests.other_system", tmp_path], cwd=ROOT,
                            env=os.environ | ASCII, capture_output=True, encoding="ascii")
     assert found.returncode == 0, found.stderr
     assert found.stdout.endswith("\nall commands: \\u6771\\u4eac\n")
@@ -121,3 +121,32 @@ def test_folders_that_cannot_be_flushed_are_left_and_files_are_not(tmp_path, mon
     flush(tmp_path)
     with pytest.raises(OSError):
         flush(tmp_path / "file")
+
+
+# ----- how and from where commands are called ----------------------------------------------------
+
+SCRIPTS = [path for folder in ("tools", "data", "tests") for path in (ROOT / folder).glob("*.py")
+           if path.read_text("utf-8").endswith("\n    run_cli(main, Config)\n")]
+
+
+def call(path: Path, *flags, cwd: Path) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, path, *flags], cwd=cwd, capture_output=True,
+                          encoding="utf-8")
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_script_that_is_run_by_its_path_says_how_to_run_it(path, tmp_path):
+    for cwd in (ROOT, tmp_path):
+        found = call(path, "--help", cwd=cwd)
+        module = f"{path.parent.name}.{path.stem}"
+        assert found.stderr == f"error: in the project's folder, run python -m {module}\n"
+        assert (found.returncode, found.stdout) == (2, "")
+
+
+def test_root_command_runs_by_its_path_from_any_folder(tmp_path):
+    (tmp_path / "a b.txt").write_text("To be or not.\n" * 40, "utf-8")
+    found = call(ROOT / "fineweb.py", "--source", "a b.txt", "--encoding", "bytes", "--out", "o t",
+                 cwd=tmp_path)
+    assert found.returncode == 0, found.stderr
+    assert "--data 'o t' " in found.stdout
+    assert (tmp_path / "o t/meta.json").is_file()

@@ -16,9 +16,14 @@ import io
 import re
 import shlex
 import shutil
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
+
+if __name__ == "__main__" and not __package__:  # run by its path: nothing below is found
+    print("error: in the project's folder, run python -m tools.ablations", file=sys.stderr)
+    sys.exit(2)
 
 import numpy as np
 import torch

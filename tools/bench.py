@@ -25,6 +25,10 @@ import time
 import tracemalloc
 from pathlib import Path
 
+if __name__ == "__main__" and not __package__:  # run by its path: nothing below is found
+    print("error: in the project's folder, run python -m tools.bench", file=sys.stderr)
+    sys.exit(2)
+
 import torch
 
 import train_gpt2

@@ -28,11 +28,16 @@ import importlib.util
 import itertools
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
+
+if __name__ == "__main__" and not __package__:  # run by its path: nothing below is found
+    print("error: in the project's folder, run python -m tools.compare_peers", file=sys.stderr)
+    sys.exit(2)
 
 import numpy as np
 import torch

@@ -8,8 +8,13 @@ Reads the answers that evaluate.py and train_sft.py saved; runs no model.
 import dataclasses
 import html
 import re
+import sys
 from pathlib import Path
 from typing import Annotated
+
+if __name__ == "__main__" and not __package__:  # run by its path: nothing below is found
+    print("error: in the project's folder, run python -m tools.lesson", file=sys.stderr)
+    sys.exit(2)
 
 import tyro
 

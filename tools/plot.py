@@ -6,8 +6,13 @@ The faint line is every step, the strong line their running mean; dots are the v
 """
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Annotated
+
+if __name__ == "__main__" and not __package__:  # run by its path: nothing below is found
+    print("error: in the project's folder, run python -m tools.plot", file=sys.stderr)
+    sys.exit(2)
 
 import tyro
 

@@ -16,9 +16,14 @@ import json
 import multiprocessing
 import re
 import shutil
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, NamedTuple
+
+if __name__ == "__main__" and not __package__:  # run by its path: nothing below is found
+    print("error: in the project's folder, run python -m tools.reasoning", file=sys.stderr)
+    sys.exit(2)
 
 import numpy as np
 import torch

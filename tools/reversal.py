@@ -11,9 +11,14 @@ decoding reverses exactly, over the steps.
 """
 
 import dataclasses
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
+
+if __name__ == "__main__" and not __package__:  # run by its path: nothing below is found
+    print("error: in the project's folder, run python -m tools.reversal", file=sys.stderr)
+    sys.exit(2)
 
 import numpy as np
 import torch
