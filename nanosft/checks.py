@@ -5,6 +5,7 @@ import importlib.util
 import itertools
 import math
 import os
+import shlex
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -92,11 +93,24 @@ def check_same_run(saved: dict, now: dict) -> list[str]:
         if key == "data_sha256":
             raise UserError("--resume: this is not the data of the run in --out; pass that run's "
                             "--data or choose another --out")
+        if key == "steps":
+            raise other_length(saved, now)
         if key not in MAY_CHANGE:
             raise UserError(f"--resume: {key} is {value}, but {was} in the run in --out; use the "
                             "run's own flags or another --out")
         changes.append(f"{key} is {value} (was {was})")
     return changes
+
+
+def other_length(saved: dict, now: dict) -> UserError:
+    """The error for a flag that makes a run longer or shorter: its schedule is fixed."""
+    flag = "epochs" if now["max_steps"] == saved["max_steps"] else "max_steps"
+    given = f"--{flag} {now[flag]}" if now[flag] else f"no --{flag}"
+    own = f"use --{flag} {saved[flag]}" if saved[flag] else f"leave out --{flag}"
+    sizes = " and no --n_layer, --n_head, --n_embd" if now["init"] == "scratch" else ""
+    return UserError(f"--resume: {given} means {now['steps']} steps, but the learning rate of the "
+                     f"run in --out is planned for {saved['steps']}; {own} or, to train on, start "
+                     f"a new run with --init {shlex.quote(now['out'])}, a new --out{sizes}")
 
 
 def check_start(gpt, config, run, ranks, n_vocab: int) -> str:

@@ -6,12 +6,14 @@ import io
 import operator
 import os
 import re
+import shlex
 import signal
 import socket
 import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 from nanosft.errors import NO_SPACE, UserError, one_line
@@ -59,6 +61,12 @@ def run_cli(main: Callable, config_class: type) -> None:
         if not gloo and not isinstance(error, dist.DistError):  # NCCL's
             raise
         exit_with("lost the connection to another rank, which failed or is down; see its output")
+
+
+def to_paste(script: str, *flags: str) -> str:
+    """A command of this project as a shell reads it, in whatever folder the user is."""
+    path = Path(__file__).parents[1] / script
+    return shlex.join([script if Path(script).exists() else str(path), *flags])
 
 
 def expand_home(config):

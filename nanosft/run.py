@@ -23,6 +23,7 @@ from annotated_types import Ge, Gt, Lt
 from tqdm import tqdm
 
 from nanosft import checks, fast
+from nanosft.cli import to_paste
 from nanosft.errors import (
     UserError,
     explain_write_errors,
@@ -78,7 +79,7 @@ class Run:
     def __init__(self, config, meta: dict, n_steps: int, ranks):
         self.config, self.meta, self.n_steps, self.ranks = config, meta, n_steps, ranks
         shards = [shard["sha256"] for split in meta["splits"].values() for shard in split["files"]]
-        self.identity = dataclasses.asdict(config) | {"steps": n_steps, "data_sha256": shards}
+        self.identity = dataclasses.asdict(config) | {"data_sha256": shards, "steps": n_steps}
         self.out, self.done = Path(config.out), 0  # done: steps before this start
         self.opened, self.log, self.answers, self.wandb = contextlib.ExitStack(), None, None, None
 
@@ -195,8 +196,8 @@ class Run:
             self.ranks.print(f"done: {self.newest}{memory}")
             loss, best = best_checkpoint(self.out)
             why = f"  # the lowest val_loss, {loss:.4f}" if best else ""
-            model = shlex.quote(str(best or self.out))
-            self.ranks.print(f"next: python chat.py --model {model}{why}")
+            chat = to_paste("chat.py", "--model", str(best or self.out))
+            self.ranks.print(f"next: python {chat}{why}")
         self.ranks.finish()
         if stopped:
             sys.exit(self.ranks.stop.exit_code())
@@ -249,7 +250,7 @@ def read_state(out: str) -> tuple[Path, dict]:
     version = state.get("version", 1) if isinstance(state, dict) else None
     if version != VERSION:
         raise UserError(f"--resume: {path} has format version {version}, expected {VERSION}; "
-                        f"start a new run with --init {folder}")
+                        f"start a new run with --init {shlex.quote(str(folder))}")
     return folder, state
 
 

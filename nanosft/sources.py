@@ -9,6 +9,7 @@ import logging
 import multiprocessing
 import os
 import re
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -57,7 +58,9 @@ def parse_source(source: str, subset: str | None = None) -> Source:
                         "none of it")
     if Path(whole).exists() or glob.has_magic(whole):
         return Source(whole, subset, "train", int(repeats), whole)
-    name, _, rest = whole.partition(":")
+    drive = re.match(r"[A-Za-z]:(?=[/\\])|", whole)[0]  # of a path on Windows
+    name, _, rest = whole.removeprefix(drive).partition(":")
+    name = drive + name
     config, _, split = rest.partition(":")
     if ":" in split or (rest and Path(name).is_file()):
         raise UserError(f"{source}: expected ID[:CONFIG[:SPLIT]]; a file has neither")
@@ -88,7 +91,8 @@ def names_in(source: Source, formats: Iterable[str]) -> list[str]:
         if source.config and source.given.startswith(f"{name}:{source.config}"):
             split = files.SPLITS.get(source.config, source.split)
             raise UserError(f"{source.given}: this folder has no configurations, which its "
-                            f"README.md would declare; name a split as {name}::{split}")
+                            "README.md would declare; name a split as "
+                            f"{shlex.quote(f'{name}::{split}')}")
         paths = files.folder_files(path, source.split, formats)
     elif glob.has_magic(name) and not path.exists():
         paths = [path for path in map(Path, sorted(glob.glob(name, recursive=True)))
@@ -97,7 +101,8 @@ def names_in(source: Source, formats: Iterable[str]) -> list[str]:
             raise UserError(f"{name}: no file matches this pattern; correct it, or write SOURCE*2 "
                             "to read a source twice")
     elif not path.exists() and not path.is_symlink():
-        if "/" in name and files.format_of(path) not in formats and name[0] not in "./~":
+        is_id = "/" in name and ":" not in name and name[0] not in "./~"
+        if is_id and files.format_of(path) not in formats:
             return [name]
         raise UserError(f"{source.given}: no such file; a dataset on the hub has an owner, as "
                         "openai/gsm8k")

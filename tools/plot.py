@@ -18,7 +18,7 @@ import tyro
 
 from nanosft.cli import run_cli
 from nanosft.errors import UserError
-from nanosft.sources import read_rows
+from nanosft.sources import find_sources, read_rows
 
 PANELS = {"loss": "loss (nats per token)", "lr": "learning rate", "grad_norm": "gradient norm"}
 KEYS = ("step", *PANELS)
@@ -71,7 +71,8 @@ def draw(axes, rows: list[dict], name: str, color: str) -> None:
 
 
 def main(config: Config) -> None:
-    runs = [(Path(path).resolve().parent.name, read_run(path)) for path in config.metrics]
+    paths = [source.name for source in find_sources(config.metrics)]
+    runs = [(Path(path).resolve().parent.name, read_run(path)) for path in paths]
     if not runs:
         raise UserError("give at least one metrics.jsonl")
     import matplotlib
