@@ -84,6 +84,7 @@ def main(folder: Path) -> None:
     print("all commands: 東京")
 
 
-take_away()
+if __name__ in ("__main__", "__mp_main__"):  # this process, and a spawned worker
+    take_away()
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
