@@ -5,6 +5,7 @@ model.py calls this. Parameter names are those of its state dict.
 
 import json
 import math
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -53,7 +54,7 @@ def find_model(name: str | Path) -> Path:
         return folder
     if checkpoint := newest_checkpoint(folder):
         return checkpoint
-    if folder.exists() or str(name).startswith((".", "/", "~")) or str(name).count("/") > 1:
+    if folder.exists() or re.search(r"^[./~]|[:\\]|/.*/", str(name)):  # in no hub id
         raise UserError(f"{name}: no model found (neither config.json nor step_* checkpoints)")
     from huggingface_hub import snapshot_download
 
