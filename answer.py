@@ -2,7 +2,7 @@
 
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from decimal import Decimal
 from pathlib import Path
 from typing import NamedTuple
@@ -103,9 +103,8 @@ EXTRACTIONS = {
 }
 
 
-def extraction_for(references: Iterable[str]) -> str:
+def extraction_for(references: Sequence[str]) -> str:
     """The first extraction that fits all reference answers."""
-    references = list(references)
     return next((how for how in EXTRACTIONS
                  if all(extract(reference, how) is not None for reference in references)), "whole")
 
@@ -141,7 +140,7 @@ def answer_samples(assistant: Assistant, pairs: list[tuple[list[int], list[int]]
     room, block_size = 16 + max(len(reference) for _, reference in pairs), model.config.block_size
     mine = pairs[ranks.rank :: ranks.world_size]
     answers = assistant.answer([ids[-max(1, block_size - room) :] for ids, _ in mine], room)
-    how = extraction_for(encoding.decode(reference) for _, reference in pairs)
+    how = extraction_for([encoding.decode(reference) for _, reference in pairs])
     records = []
     for (ids, reference_ids), answer in zip(mine, answers):
         reference = encoding.decode(reference_ids)

@@ -8,7 +8,6 @@ loss is that of the reference answers, in nats per token, end token included.
 """
 
 import dataclasses
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
@@ -46,8 +45,7 @@ class Config(Reading):
     data: str
     """rows with a reference answer: a file or a hub dataset, as --source of sft_data.py"""
     extract: Literal[("auto", *EXTRACTIONS)] = "auto"
-    """part to compare; gsm8k: the number of `#### N`; answer: <answer>N</answer>; whole: all;
-    auto: the first of these that fits all references"""
+    """gsm8k: the number of `#### N`; answer: <answer>N</answer>; auto: what fits all references"""
     template: Template | None = None
     """of the prompts; None: the one the model was trained with, or chat for a base model"""
     max_examples: Annotated[int | None, Ge(1)] = None
@@ -96,9 +94,8 @@ def read_questions(config: Config, assistant: Assistant) -> list[dict]:
 
 def choose_extraction(config: Config, questions: list[dict]) -> str:
     """--extract, or what fits all references; UserError if a reference lacks that format."""
-    how = config.extract
-    if how == "auto":
-        how = extraction_for(question["reference"] for question in questions)
+    references = [question["reference"] for question in questions]
+    how = extraction_for(references) if config.extract == "auto" else config.extract
     for question in questions:
         if extract(question["reference"], how) is None:
             raise UserError(f"{question['place']}: the reference does not have the format {how!r}; "
@@ -144,14 +141,6 @@ def reference_batches(config: Config, assistant: Assistant, questions: list[dict
         yield MicroBatch(pairs["input_ids"], y)
 
 
-def summarize(records: list[dict], how: str) -> dict:
-    """Means over all records; `how` is the extraction that was compared."""
-    keys = {"answer_acc": "right", "format_acc": "formed", "stop_rate": "stopped",
-            "mean_tokens": "tokens"}
-    means = {name: sum(r[key] for r in records) / len(records) for name, key in keys.items()}
-    return {"rows": len(records), "extract": how, **means}
-
-
 def main(config: Config) -> None:
     # --- 1. model and rows ---
     ranks = setup_distributed(config.device, dtype=config.dtype)
@@ -172,10 +161,14 @@ def main(config: Config) -> None:
     if not ranks.is_main:
         return
     if config.save:
-        lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+        lines = [to_json(record, ensure_ascii=False) + "\n" for record in records]
         Path(config.save).parent.mkdir(parents=True, exist_ok=True)
-        Path(config.save).write_text("".join(lines), encoding="utf-8")
-    result = {"model": config.model, "data": config.data, **summarize(records, how), **losses}
+        Path(config.save).write_text("".join(lines), "utf-8", "backslashreplace")  # lone surrogates
+    keys = {"answer_acc": "right", "format_acc": "formed", "stop_rate": "stopped",
+            "mean_tokens": "tokens"}
+    means = {name: sum(r[key] for r in records) / len(records) for name, key in keys.items()}
+    result = {"model": config.model, "data": config.data, "rows": len(records), "extract": how,
+              **means, **losses}
     for key, value in result.items():
         print(f"{key:14} {value:.4f}" if isinstance(value, float) else f"{key:14} {value}")
     print(to_json(result))

@@ -127,8 +127,7 @@ def main(config: Config) -> None:
             "source": list(config.source), "splits": splits})
     for split, entry in splits.items():
         print(f"{split:5}  {entry['tokens']:>13,} tokens in {entry['shards']} shard(s)")
-    command = to_paste("train_gpt2.py", "--data", config.out, "--out", "out/base")
-    print(f"next: torchrun --standalone --nproc_per_node=1 {command}")
+    print("next:", to_paste("train_gpt2.py", "--data", config.out, "--out", "out/base"))
 
 
 if __name__ == "__main__":

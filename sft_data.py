@@ -287,8 +287,8 @@ def prepare(config: Config) -> None:
             "source": [*config.source, *config.val_source], "splits": splits})
     report.print(splits, row_openers(config, config.out, "train"))
     init = "gpt2" if config.encoding == "gpt2" else "scratch"
-    command = to_paste("train_sft.py", "--data", config.out, "--init", init, "--out", "out/sft")
-    print(f"next: torchrun --standalone --nproc_per_node=1 {command}")
+    print("next:", to_paste("train_sft.py", "--data", config.out, "--init", init,
+                            "--out", "out/sft"))
     if init == "scratch":
         print("      (to start from a model pretrained by train_gpt2.py: --init out/base)")
 

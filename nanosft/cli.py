@@ -66,7 +66,9 @@ def run_cli(main: Callable, config_class: type) -> None:
 def to_paste(script: str, *flags: str) -> str:
     """A command of this project as a shell reads it, in whatever folder the user is."""
     path = Path(__file__).parents[1] / script
-    return shlex.join([script if Path(script).exists() else str(path), *flags])
+    words = shlex.join([script if Path(script).exists() else str(path), *flags])
+    is_trainer = script.startswith("train_")
+    return f"{'torchrun --standalone --nproc_per_node=1' if is_trainer else 'python'} {words}"
 
 
 def expand_home(config):

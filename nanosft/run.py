@@ -138,7 +138,8 @@ class Run:
         path = self.out / name
         rows = itertools.takewhile(lambda found: found[1]["step"] <= self.done, read_log(path))
         kept = sum(len(line) for line, _ in rows)
-        file = path.open("a", buffering=1, encoding="utf-8")  # line-buffered: written at once
+        # line-buffered: written at once; a lone surrogate as JSON's escape
+        file = path.open("a", buffering=1, encoding="utf-8", errors="backslashreplace")
         file.truncate(kept)
         return self.opened.enter_context(file)
 
@@ -197,7 +198,7 @@ class Run:
             loss, best = best_checkpoint(self.out)
             why = f"  # the lowest val_loss, {loss:.4f}" if best else ""
             chat = to_paste("chat.py", "--model", str(best or self.out))
-            self.ranks.print(f"next: python {chat}{why}")
+            self.ranks.print(f"next: {chat}{why}")
         self.ranks.finish()
         if stopped:
             sys.exit(self.ranks.stop.exit_code())

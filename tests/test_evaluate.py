@@ -231,6 +231,13 @@ def test_model_that_memorized_two_rows_answers_both(learned, ask, tmp_path):
     assert all(row["right"] and row["stopped"] for row in saved)
 
 
+def test_text_that_utf8_does_not_have_is_saved_as_an_escape(ask, jsonl, tmp_path):
+    rows = [{"prompt": "a \ud800", "response": "7!"}]
+    assert ask(evaluate, "--data", jsonl("rows.jsonl", rows), "--save", tmp_path / "a").code == 0
+    (saved,) = (tmp_path / "a").read_text("utf-8").splitlines()
+    assert json.loads(saved)["messages"][0]["content"] == "a \ud800"
+
+
 def test_loss_is_that_of_the_references_given_their_prompts(learned):
     """For a model with random weights, too; its loss is worked out here row by row."""
     save_tiny_model(learned / "fresh", block_size=64)
