@@ -156,7 +156,7 @@ def read_tensors(folder: Path, like: dict[str, Tensor], n_vocab: int) -> dict[st
         if tensor.shape != want.shape:
             raise UserError(f"{folder}: {key} has shape {tuple(tensor.shape)}, but config.json "
                             f"says {tuple(want.shape)}")
-        state[name] = tensor
+        state[name] = tensor.clone()  # of a mapped file, which Windows then could not delete
     return state
 
 

@@ -17,12 +17,15 @@ SIGNALS = ("SIGKILL", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGALRM", "SIGCHLD")
 
 def take_away() -> None:
     """From now on, this process lacks and refuses what Windows does."""
+    importlib.import_module("asyncio")  # on Linux, it asks for sysconf
     sys.modules |= dict.fromkeys(MODULES)  # `import` finds None and raises
     for module, names in ((os, FUNCTIONS), (signal, SIGNALS)):
         for name in names:
             delattr(module, name)
     os.open, os.fsync = refusing(os.open, open_folder), refusing(os.fsync, only_read)
-    os.rename, os.replace = (refusing(f, onto_a_folder) for f in (os.rename, os.replace))
+    for name in ("rename", "replace"):
+        setattr(os, name, refusing(refusing(getattr(os, name), onto_a_folder), in_use))
+    os.unlink = os.remove = refusing(os.unlink, in_use)
     os.kill = refusing(os.kill, another_process)
     shutil._use_fd_functions = False  # rmtree would open folders
 
@@ -46,6 +49,15 @@ def only_read(descriptor) -> bool:
 
 def onto_a_folder(_, target) -> bool:
     return os.path.isdir(target)
+
+
+def in_use(path, *_) -> bool:
+    """Is this file, or one in this folder, open or mapped?"""
+    maps = Path("/proc/self/maps").read_text("utf-8").splitlines()
+    places = {line.split(maxsplit=5)[-1] for line in maps}
+    places |= {os.path.realpath(place) for place in Path("/proc/self/fd").iterdir()}
+    path = os.path.realpath(path)
+    return any(place == path or place.startswith(f"{path}/") for place in places)
 
 
 def another_process(pid, number) -> bool:
