@@ -104,13 +104,11 @@ def check_same_run(saved: dict, now: dict) -> list[str]:
 
 def other_length(saved: dict, now: dict) -> UserError:
     """The error for a flag that makes a run longer or shorter: its schedule is fixed."""
-    flag = "epochs" if now["max_steps"] == saved["max_steps"] else "max_steps"
-    given = f"--{flag} {now[flag]}" if now[flag] else f"no --{flag}"
-    own = f"use --{flag} {saved[flag]}" if saved[flag] else f"leave out --{flag}"
+    flag = "max_steps" if now["max_steps"] else "epochs"
     sizes = " and no --n_layer, --n_head, --n_embd" if now["init"] == "scratch" else ""
-    return UserError(f"--resume: {given} means {now['steps']} steps, but the learning rate of the "
-                     f"run in --out is planned for {saved['steps']}; {own} or, to train on, start "
-                     f"a new run with --init {shlex.quote(now['out'])}, a new --out{sizes}")
+    return UserError(f"--resume: --{flag} {now[flag]} means {now['steps']} steps, but the learning "
+                     f"rate of the run in --out is planned for {saved['steps']}; use --max_steps "
+                     f"{saved['steps']} or, to train on, start a new run with --init {shlex.quote(now['out'])}, a new --out{sizes}")
 
 
 def check_start(gpt, config, run, ranks, n_vocab: int) -> str:
