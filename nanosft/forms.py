@@ -13,20 +13,7 @@ from typing import Annotated, NamedTuple
 import tyro
 
 from nanosft.errors import UserError
-from nanosft.instructions import (
-    FACTS,
-    MAGPIE,
-    TITLES,
-    check_feedback,
-    hidden_instruction,
-    is_number,
-    marks_bad_answer,
-    says_nothing,
-    says_what_to_train,
-    show,
-    take_weight,
-    word,
-)
+from nanosft.instructions import check_feedback, may_instruct, says_nothing, show, take_weight
 
 Counts = collections.Counter  # of what a report names: ("unused", "id"): 7
 
@@ -56,12 +43,6 @@ class Reading:
             raise UserError(f"--columns {show(name)}=…: no form has this column; choose from "
                             f"{', '.join(sorted(COLUMN_NAMES))}")
         return pairs
-
-    @functools.cached_property
-    def decided(self) -> set[str]:
-        """The columns of --where NAME=VALUE: the user has decided what their values mean."""
-        pairs = [split_pair("--where", item) for item in self.where]
-        return {name for name, _ in pairs if not name.endswith("!")}
 
     def ignoring(self, *keys: str) -> str:
         """The flag that leaves out these keys, and those that it leaves out already."""
@@ -93,22 +74,24 @@ def require_shallow(name: str, value, limit: int = 100) -> None:
 # ----- a row of a dataset as messages ------------------------------------------------------------
 
 
-def read_chat(names: list[str], values: list, unused: dict, reading: Reading) -> list[dict]:
-    return read_turns(names[0], values[0], unused, reading)
+def read_chat(used: dict, unused: dict, reading: Reading) -> list[dict]:
+    (column, turns), = used.items()
+    return read_turns(column, turns, unused, reading)
 
 
-def read_pair(names: list[str], values: list, unused: dict, reading: Reading) -> list[dict]:
+def read_pair(used: dict, unused: dict, reading: Reading) -> list[dict]:
     """A prompt, a response, and perhaps an input; or messages in place of strings (TRL's form)."""
-    prompt, response, *extra = values
+    prompt, response, *extra = used.values()
     if not any(extra) and (holds_messages(prompt) or holds_messages(response)):
-        prompt, response = (read_turns(name, as_messages(value, role, unused), unused, reading) for
-                            name, value, role in zip(names, values, ("user", "assistant")))
+        turns = {name: [{"role": role, "content": value}] if isinstance(value, str) else value
+                 for (name, value), role in zip(used.items(), ("user", "assistant"))}
+        prompt, response = (read_turns(*item, unused, reading) for item in turns.items())
         kept = [{"weight": 0} | turn if turn["role"] == "assistant" else turn for turn in prompt]
         return kept + response  # an answer in the prompt is context
-    for name, value in zip(names, values):
+    for name, value in used.items():
         if not isinstance(value, str):
             raise UserError(f"`{name}` is {show(value)}, not a string")
-    extra = {"input": extra[0]} if extra and extra[0] else {}
+    extra = {"input": extra[0]} if any(extra) else {}
     return [{"role": "user", "content": prompt} | extra, {"role": "assistant", "content": response}]
 
 
@@ -117,17 +100,8 @@ def holds_messages(value) -> bool:
     return isinstance(value[0] if isinstance(value, list) and value else value, dict)
 
 
-def as_messages(value, role: str, unused: dict):
-    """A list of messages of what may also be one, or a string."""
-    if isinstance(value, dict) and isinstance(value.get("messages"), list):
-        unused |= {key: [value[key]] for key in value.keys() - {"messages"}}
-        return value["messages"]
-    value = {"role": role, "content": value} if isinstance(value, str) else value
-    return [value] if isinstance(value, dict) else value
-
-
-def read_text(names: list[str], values: list, unused: dict, reading: Reading) -> str:
-    text = values[0]
+def read_text(used: dict, unused: dict, reading: Reading) -> str:
+    text = used["text"]
     if not isinstance(text, str) or not text:
         raise UserError(f"`text` is {show(text) if text else 'empty'}, not a string")
     chat = None if "text" in reading.mapping else RENDERED.match(text)
@@ -167,8 +141,6 @@ ROLES = {"developer": "system", "human": "user", "prompter": "user", "input": "u
 ROLES |= dict.fromkeys(("gpt", "model", "bot", "output", "chatgpt", "ai", "chatbot", "bard",
                         "bing", "claude", "llm"), "assistant")
 ROLES |= {role: role for role in EXCHANGE}
-TOOL_ROLES = {"tool", "tools", "function", "function_call", "function_response", "tool_call",
-              "tool_response", "observation", "ipython"}
 # Text here usually belongs to the prompt or the answer, so a row that would lose it is refused.
 # `text` is not among them: Alpaca's is a rendering of the same row.
 TEXT_NAMES = COLUMN_NAMES - {"text"} | {
@@ -177,12 +149,11 @@ TEXT_NAMES = COLUMN_NAMES - {"text"} | {
     "explanation", "passage", "choices", "options", "chosen", "rejected"}
 MESSAGE_KEY = "message key "  # before the name of a message's key among the columns
 MEDIA = ("image", "images", "audio", "video", "videos")
+MAGPIE = {"intent", "knowledge", "difficulty"}  # its `knowledge` names what a prompt asks for
 TREE_NAMES = {"role", "parent_id", "message_id", "message_tree_id"}
-PREFERENCES = {f"rejected{what}": f"chosen{what}"  # the worse answer: the better one
-               for what in ("", "_response", "_messages", "_output")}
-PREFERENCES |= {"non_preferred_output": "preferred_output"}
-REFUSED = frozenset({*MEDIA, *TREE_NAMES, *PREFERENCES})
-
+WORSE = ("rejected", "rejected_response", "rejected_messages", "rejected_output",
+         "non_preferred_output")  # the last one is OpenAI's
+REFUSED = frozenset({*MEDIA, *TREE_NAMES, *WORSE})
 
 BAR = r"[|\uff5c]"  # the second one is DeepSeek's
 
@@ -225,22 +196,19 @@ def messages_of(row: dict, reading: Reading | None = None, counts: Counts | None
         raise UserError(f"unknown form with keys {show(sorted(row))}, not empty: "
                         f"{show(sorted(columns))}; see the forms in data/README.md, or say which "
                         "is which: --columns prompt=…,response=…")
-    values, weight = [columns.pop(name) for name in names], None
-    if columns:
-        check_feedback(columns, reading.decided, reading)
-        weight = take_weight(columns, "", "assistant", reading, reading.decided)
-    messages, free = form.read(names, values, unused, reading), None  # free: what --columns may add
-    if isinstance(messages, list):
+    used, is_text = {name: columns.pop(name) for name in names}, form.read is read_text
+    check_feedback(columns, reading)
+    role = "text" if is_text else "assistant"
+    weight = take_weight(columns, role, reading) if columns else None
+    messages, free = form.read(used, unused, reading), None  # free: what --columns may add
+    if not is_text:
         messages = [scaled(turn, weight) for turn in with_system(messages, columns)]
         free = "system" if messages and messages[0]["role"] != "system" else None
-        free = "input" if len(names) == 2 and isinstance(values[0], str) else free
-    elif weight not in (None, 1):
-        said = [key for key in row if says_what_to_train(key, row[key])]
-        raise UserError(f"`{said[0]}` is {show(row[said[0]])}, but a {{text}} row is trained whole "
-                        f"or not at all; leave it out, or train it: {reading.ignoring(*said)}")
-    check_unused(unused | {name: [value] for name, value in columns.items()}, messages, free,
-                 reading, counts)
-    return repaired(messages, counts) if reading.repair and form.read != read_text else messages
+        free = "input" if len(used) == 2 and isinstance(used[names[0]], str) else free
+    unused |= {name: [value] for name, value in columns.items()}
+    if unused:
+        check_unused(unused, messages, free, reading, counts)
+    return repaired(messages, counts) if reading.repair and not is_text else messages
 
 
 def scaled(turn: dict, weight: float | None) -> dict:
@@ -268,10 +236,10 @@ def map_columns(row: dict, reading: Reading) -> tuple[dict, dict]:
                             f"{show(sorted(row))}")
     mapped = {name: columns[column] for name, column in reading.mapping.items()
               if column in columns}
-    unused = {name: [columns.pop(name)] for name in (*reading.mapping, *reading.ignore)
-              if name in columns and name not in reading.mapping.values()}
     for column in reading.mapping.values():
         columns.pop(column, None)
+    unused = {name: [columns.pop(name)] for name in (*reading.mapping, *reading.ignore)
+              if name in columns}
     return columns | mapped, unused
 
 
@@ -293,14 +261,12 @@ def find_form(columns: frozenset, mapped: frozenset) -> tuple[Form | None, list[
 
 def refuse_by_name(columns: dict, form: Form | None, reading: Reading) -> None:
     """UserError for rows that are not chats, saying what to do instead."""
-    for worse in PREFERENCES.keys() & columns.keys():
-        if holds_text(columns[worse]):
-            raise UserError(f"a preference row (`{worse}` beside a better answer); to train on the "
-                            f"better one, pass {better_answer(columns, worse, reading)}")
-    for name in MEDIA:
-        if columns.get(name) not in (None, "", []):
-            raise UserError(f"`{name}` is not text, and the model reads only text; leave out such "
-                            f"rows, or only the column: {reading.ignoring(name)}")
+    if worse := next((name for name in WORSE if holds_text(columns.get(name))), None):
+        raise UserError(f"a preference row (`{worse}` beside a better answer); to train on the "
+                        f"better one, pass {better_answer(columns, worse, reading)}")
+    if medium := next(filter(columns.get, MEDIA), None):
+        raise UserError(f"`{medium}` is not text, and the model reads only text; leave out such "
+                        f"rows, or only the column: {reading.ignoring(medium)}")
     tree = sorted(columns.keys() & TREE_NAMES)
     if tree and (form is None or form.read is read_text):
         raise UserError(f"one message of a tree (OASST: {', '.join(tree)}), not a chat; make each "
@@ -309,22 +275,17 @@ def refuse_by_name(columns: dict, form: Form | None, reading: Reading) -> None:
 
 def better_answer(columns: dict, worse: str, reading: Reading) -> str:
     """The flags that train the better answer of a preference row."""
-    def roles(name: str) -> list[str]:
-        turns = read_turns(name, as_messages(columns[name], "assistant", {}), {}, reading)
-        return [turn["role"] for turn in turns]
-
-    better, ignoring = PREFERENCES[worse], reading.ignoring(worse)
-    if not columns.get(better):
-        return ignoring
-    prompts = [name for name in (*CHATS, "input") if holds_messages(columns.get(name))]
-    if prompts and roles(prompts[0])[-1:] == ["assistant"]:
-        return f"{reading.ignoring(better, worse)}, which trains on `{prompts[0]}`"
-    pairs = [*(f"prompt={name}" for name in prompts[:1]), f"response={better}"]
-    if roles(better)[:1] != ["assistant"]:
-        pairs = [f"messages={better}"]
-    elif columns.keys() <= {better, worse}:
+    better = worse.replace("rejected", "chosen").removeprefix("non_")
+    answer = columns.get(better)
+    chats = [name for name in (*CHATS, "input") if holds_messages(columns.get(name))]
+    if not answer:
+        return reading.ignoring(worse)
+    if isinstance(answer, list) and len(answer) > 1:  # the whole chat
+        return f"{reading.mapping_to(f'messages={better}')} {reading.ignoring(worse, *chats)}"
+    pairs = [*(f"prompt={name}" for name in chats), f"response={better}"]
+    if columns.keys() == {better, worse}:
         pairs = [f"text={better}"]  # as plain text
-    return f"{reading.mapping_to(*pairs)} {ignoring}"
+    return f"{reading.mapping_to(*pairs)} {reading.ignoring(worse)}"
 
 
 def read_turns(column: str, turns, unused: dict, reading: Reading) -> list[dict]:
@@ -338,32 +299,39 @@ def read_turns(column: str, turns, unused: dict, reading: Reading) -> list[dict]
         except (ValueError, RecursionError) as error:
             raise UserError(f"`{column}` is a string, but not JSON: {show(turns)}") from error
         require_shallow(f"`{column}`", turns)
-    kinds = {type(turn) for turn in turns} if isinstance(turns, list) else {None}
-    if len(kinds) > 1 or not kinds <= {dict, str}:
+    if isinstance(turns, dict):  # one message, or OpenAI's {"messages": …, "tools": …}
+        turn, turns = turns, turns.get("messages", [turns])
+        unused |= {key: [turn[key]] for key in turn if "messages" in turn and key != "messages"}
+    kinds = {*map(type, turns)} if isinstance(turns, list) else {None}
+    if kinds == {str}:
+        turns = [{"role": ("user", "assistant")[i % 2], "content": turn}
+                 for i, turn in enumerate(turns)]
+    elif kinds - {dict}:
         raise UserError(f"`{column}` must be a list of {{role, content}}, of {{from, value}}, or "
                         f"of strings, not {show(turns)}")
-    if kinds == {str}:
-        return [{"role": ("user", "assistant")[i % 2], "content": turn}
-                for i, turn in enumerate(turns)]
-    return [message for i, turn in enumerate(turns)
-            for message in read_turn(i, turn, unused, reading)]
+    messages = []
+    for i, turn in enumerate(turns):
+        try:
+            messages += read_turn(turn, unused, reading)
+        except UserError as error:
+            raise UserError(f"message {i}: {error}") from error
+    return messages
 
 
-def read_turn(i: int, turn: dict, unused: dict, reading: Reading) -> list[dict]:
+def read_turn(turn: dict, unused: dict, reading: Reading) -> list[dict]:
     """A message; or a question and its answer in one turn, such as Capybara's."""
     turn = {key: value for key, value in turn.items() if value is not None}
     role_key, contents, others = shape_of(tuple(turn))
     if not contents:
-        what = "no `content` string; it has " if role_key else ""
-        raise UserError(f"message {i} has {what}the keys {show(sorted(turn))}; expected {{role, "
+        raise UserError(f"no text among the keys {show(sorted(turn))}; expected {{role, "
                         "content}, {from, value}, or {input, output}")
-    messages = [read_content(i, role or role_named(i, turn[role_key]), turn[key], unused, reading)
+    messages = [read_content(role or role_named(turn[role_key]), turn[key], unused, reading)
                 for role, key in contents.items() if role != "system" or turn[key]]
     if others:
         others = {key: turn[key] for key in others}
         if "input" in others and "input" not in reading.ignore:
             messages[max(0, len(messages) - 2)]["input"] = others.pop("input")
-        messages[-1] = instructed(i, messages[-1], others, unused, reading)
+        messages[-1] = instructed(messages[-1], others, unused, reading)
     return messages
 
 
@@ -380,37 +348,35 @@ def shape_of(keys: tuple[str, ...]) -> tuple[str | None, dict[str, str], list[st
     return role_key, contents, [key for key in keys if key not in (role_key, *contents.values())]
 
 
-def role_named(i: int, role) -> str:
+def role_named(role) -> str:
     """system, user, or assistant. Case and the marks of a template do not count."""
     name = role if isinstance(role, str) else ""
     if name not in ROLES:
         name = re.sub(r"^\W+|\W+$", "", name).lower()
     if name not in ROLES:
-        why = (": tool and function turns are not supported" if name in TOOL_ROLES else
-               "; the known roles are system, user, assistant, and their aliases in data/README.md")
-        raise UserError(f"message {i} has role {show(role)}{why}; leave out such rows")
+        raise UserError(f"role {show(role)} is not read, only system, user, assistant, and their "
+                        "aliases in data/README.md (no tool or function turns); leave out such "
+                        "rows")
     return ROLES[name]
 
 
-def read_content(i: int, role: str, content, unused: dict, reading: Reading) -> dict:
+def read_content(role: str, content, unused: dict, reading: Reading) -> dict:
     """A message of a string or of parts, which are joined.
 
-    If the parts of an answer differ in weight, it also has them, each a message, under "parts".
+    If parts of an answer have weights, it also has the parts, each a message, under "parts".
     """
     if isinstance(content, dict) and content.keys() & {"type", "text"}:
         content = [content]
     if not isinstance(content, list):
         return {"role": role, "content": content}
-    parts = [read_part(i, role, part, unused, reading) for part in content]
+    parts = [read_part(role, part, unused, reading) for part in content]
     message = {"role": role, "content": "".join(part["content"] for part in parts)}
     parts = [part for part in parts if part["content"]]
-    weights = {part.get("weight", 1) for part in parts}
-    if len(weights) > 1:
-        return message | {"parts": parts}
-    return scaled(message, weights.pop() if weights - {1} else None)
+    is_weighted = any(part.get("weight", 1) != 1 for part in parts)
+    return message | {"parts": parts} if is_weighted else message
 
 
-def read_part(i: int, role: str, part, unused: dict, reading: Reading) -> dict:
+def read_part(role: str, part, unused: dict, reading: Reading) -> dict:
     """A string, {"type": "text", "text": …}, or OpenAI's {…, "text": {"value": …}}, as a message.
     """
     if isinstance(part, str):
@@ -422,20 +388,21 @@ def read_part(i: int, role: str, part, unused: dict, reading: Reading) -> dict:
         given |= text
         text = given.pop("value", None)
     if str(kind).lower() not in ("text", "input_text", "output_text") or not isinstance(text, str):
-        raise UserError(f"message {i} has a part of type {show(kind)}; the model reads only text "
+        raise UserError(f"a part of type {show(kind)}; the model reads only text "
                         '({"type": "text", "text": …}); leave out such rows')
-    return instructed(i, {"role": role, "content": text}, given, unused, reading)
+    return instructed({"role": role, "content": text}, given, unused, reading)
 
 
-def instructed(i: int, message: dict, keys: dict, unused: dict, reading: Reading) -> dict:
+def instructed(message: dict, keys: dict, unused: dict, reading: Reading) -> dict:
     """The message with the weight that other keys of it, or of its part, say; the rest is unused.
 
     `user.train` in --ignore is the key `train` of user messages.
     """
     role = message["role"]
-    keys = {f"{role}.{key}" if f"{role}.{key}" in reading.ignore else key: value
-            for key, value in keys.items()}
-    weight = take_weight(keys, f"message {i}: ", role, reading, reading.ignore)
+    if reading.ignore:
+        keys = {f"{role}.{key}" if f"{role}.{key}" in reading.ignore else key: value
+                for key, value in keys.items()}
+    weight = take_weight(keys, role, reading)
     for key, value in keys.items():
         unused.setdefault(f"{MESSAGE_KEY}{key}", []).append(value)
     return scaled(message, weight)
@@ -443,33 +410,29 @@ def instructed(i: int, message: dict, keys: dict, unused: dict, reading: Reading
 
 def with_system(messages: list[dict], columns: dict) -> list[dict]:
     """The messages after the text of a `system` column, which is taken from `columns`."""
-    name = next((name for name in SYSTEM_NAMES if columns.get(name)), None)
-    if name is None:
-        return messages
-    if not isinstance(columns[name], str):
-        raise UserError(f"`{name}` is {show(columns[name])}, not a string")
     own = [turn["content"] for turn in messages[:1] if turn["role"] == "system"]
-    if own and own != [columns[name]]:
-        return messages  # two different ones: `check_unused` names the column
-    return [{"role": "system", "content": columns.pop(name)}, *messages[len(own) :]]
+    for name in SYSTEM_NAMES:
+        text = columns.get(name)
+        if text and isinstance(text, str) and own in ([], [text]):  # else it is not used
+            return [{"role": "system", "content": columns.pop(name)}, *messages[len(own) :]]
+    return messages
 
 
 # ----- what is not used --------------------------------------------------------------------------
 
 
 class UnusedError(UserError):
-    """lost: {key that is not used: what it holds, which may matter to training}."""
+    """lost: {key that is not used: what it holds that may matter to training, and what to do}."""
 
-    def __init__(self, lost: dict[str, str], use: str, reading: Reading):
-        self.lost, self.use = lost, use
-        keys = [name.removeprefix(MESSAGE_KEY) for name in lost]
+    def __init__(self, lost: dict[str, str], reading: Reading):
+        self.lost = lost
+        first, *others = keys = [*lost]
         ends = itertools.accumulate(len(key) + 1 for key in keys)
-        fitting = [key for key, end in zip(keys, ends) if end <= 150] or keys[:1]
-        what = f"`{keys[0]}` {next(iter(lost.values()))}; {use}leave it out"
-        if len(keys) > 1:
-            some = "" if len(fitting) == len(keys) else f", {len(fitting)} of them first,"
-            what = (f"`{keys[0]}` and {len(keys) - 1} more are not used, but hold text or flags; "
-                    f"map them with --columns, or leave them out{some}")
+        fitting = [key for key, end in zip(keys, ends) if end <= 150] or [first]
+        what = f"`{first}` {lost[first]}"
+        if others:
+            what = (f"`{first}` and {len(others)} more are not used, but hold text or flags; map "
+                    "them with --columns, or leave them out")
         super().__init__(f"{what} with {reading.ignoring(*fitting)}")
 
 
@@ -480,37 +443,31 @@ def check_unused(unused: dict[str, list], messages: list[dict] | str, free: str 
     unused: {column or key of messages: its values}. free: the name under which --columns can still
     add a column's text to the prompt.
     """
-    texts, lost = [], {}
-    if unused:
-        texts = [messages] if isinstance(messages, str) else [turn["content"] for turn in messages]
+    texts = [messages] if isinstance(messages, str) else [turn["content"] for turn in messages]
+    lost = {}
     for name, values in unused.items():
         counts["unused", name] += holds_text(values)
-        if name.removeprefix(MESSAGE_KEY) not in reading.ignore:
-            distinct = (value for value, _ in itertools.groupby(values))  # of many messages, mostly
-            whats = (what_is_lost(name, value, unused, texts) for value in distinct)
-            if what := next(filter(None, whats), None):
-                lost[name] = what
+        key = name.removeprefix(MESSAGE_KEY)
+        for value, _ in itertools.groupby(values) if key not in reading.ignore else ():
+            if what := what_is_lost(name, value, unused, texts):
+                can_map = free and isinstance(value, str) and name == key
+                use = f"say what it is, as {reading.mapping_to(f'{free}={key}')}, or "
+                lost.setdefault(key, f"{what}; {use if can_map else ''}leave it out")
     if lost:
-        name = next(iter(lost))
-        is_string = free and isinstance(unused[name][0], str) and not name.startswith(MESSAGE_KEY)
-        use = f"say what it is, as {reading.mapping_to(f'{free}={name}')}, or " if is_string else ""
-        raise UnusedError(lost, use, reading)
+        raise UnusedError(lost, reading)
 
 
 def what_is_lost(name: str, value, unused: dict, texts: list) -> str | None:
     """What an unused value holds that may matter to training, if anything. texts: those in use."""
     key, in_message = name.removeprefix(MESSAGE_KEY), name.startswith(MESSAGE_KEY)
-    if in_message and (marks_bad_answer(key, value) or (not says_nothing(key, FACTS) and (
-            is_number(value) or word(value) in ("true", "false")))):
-        return f"is {show(value, 40)} in a message, which may say what to train"
-    if hidden := hidden_instruction(value):
-        return f"holds `{hidden}`, which may say what to train"
+    if what := may_instruct(key, value, in_message):
+        return what
     is_text = key.lower() in TEXT_NAMES or (in_message and key.lower() in MEDIA)
-    if not is_text and (says_nothing(key, TITLES) or (key in MAGPIE and MAGPIE <= unused.keys())):
+    if not is_text and (says_nothing(key) or (key in MAGPIE and MAGPIE <= unused.keys())):
         return None
     for inner, text in strings_in(value, key):
         if value not in texts and (is_text or not (  # UltraChat's `prompt` is the first message
-                is_label(text) or says_nothing(inner, TITLES) or repeats(text, texts))):
+                is_label(text) or says_nothing(inner) or repeats(text, texts))):
             return f"holds text that would be lost: {show(value)}"
     return None
 
@@ -535,13 +492,9 @@ def is_label(text: str) -> bool:
 
 
 def repeats(text: str, texts: list) -> bool:
-    """Whether a string lies in a text that is used, or renders them, as Alpaca's `text` does: it
-    holds the prompt and the answer, or one of them that is not short.
-    """
-    texts = [used for used in texts if isinstance(used, str) and used]
-    held = [used for used in texts if re.search(rf"(?<!\w){re.escape(used)}(?!\w)", text)]
-    return (any(text in used for used in texts) or any(len(used) >= 10 for used in held)
-            or len(held) == len(texts) > 1)
+    """Whether a string lies in a text that is used, or renders one, as Alpaca's `text` does."""
+    return any(text in used or (len(used) >= 10 and used in text)
+               for used in texts if isinstance(used, str))
 
 
 FIRST_ROWS = 1000
@@ -552,43 +505,29 @@ def examined(rows: Iterable[tuple], reading: Reading, is_strict: bool = True) ->
     rows that are neither used nor ignored. is_strict: also for names that usually hold text; else
     only their rows are bad.
     """
-    rows, first, failure = iter(rows), [], None
-    try:
-        for item in itertools.islice(rows, FIRST_ROWS):
-            first.append(item)
-    except UserError as error:  # in a later row than those read so far
-        failure = error
-    refuse_unused(first, reading, is_strict)
-    refuse_binary_labels(first, reading)
-    yield from first
-    del first
-    if failure:
-        raise failure
-    yield from rows
-
-
-def refuse_unused(rows: Iterable[tuple], reading: Reading, is_strict: bool) -> None:
-    lost, use, where = {}, "", ""
-    for *_, place, row in rows:
+    rows, lost, where = iter(rows), {}, ""
+    first = list(itertools.islice(rows, FIRST_ROWS))
+    for *_, place, row in first:
         try:
             messages_of(row, reading)
         except UnusedError as error:
             if is_strict or any(name.lower() not in TEXT_NAMES for name in error.lost):
                 lost |= {name: what for name, what in error.lost.items() if name not in lost}
-                use, where = use or error.use, where or place
+                where = where or place
         except UserError:
             pass  # a bad row, which is refused when its turn comes
     if lost:
-        raise UserError(f"{where}: {UnusedError(lost, use, reading)}")
+        raise UserError(f"{where}: {UnusedError(lost, reading)}")
+    refuse_binary_labels(first, reading)
+    yield from itertools.chain(first, rows)
 
 
 def refuse_binary_labels(rows: Iterable[tuple], reading: Reading) -> None:
     """UserError if `label` is 0 and 1, which may be feedback; more numbers are classes."""
-    if "label" in {*reading.ignore, *reading.decided, *reading.mapping.values()}:
-        return
     places = {str(row["label"]): place for *_, place, row in rows
               if isinstance(row, dict) and row.get("label") is not None}
-    if places.keys() in ({"0", "1"}, {"-1", "1"}, {"0.0", "1.0"}):
+    is_decided = "label" in (*reading.ignore, *reading.mapping.values())
+    if not is_decided and places.keys() in ({"0", "1"}, {"-1", "1"}, {"0.0", "1.0"}):
         bad, good = sorted(places)
         raise UserError(f"{places[bad]}: `label` is {bad} here and {good} elsewhere; if that marks "
                         f"bad answers, pass --where label={good}, if it says nothing about "
@@ -600,21 +539,19 @@ def repaired(messages: list[dict], counts: Counts) -> list[dict]:
     merged = []
     for turn in messages:
         last = merged[-1] if merged else {}
-        parts = [last.get("content"), last.get("input") or "", turn["content"]]
+        texts = [last.get("content"), last.get("input") or "", turn["content"]]
         if (last.get("role") == turn["role"] and last.get("weight") == turn.get("weight")
-                and not (last.get("parts") or turn.get("parts"))
-                and all(isinstance(part, str) for part in parts)):
-            merged[-1] = turn | {"content": "\n\n".join(part for part in parts if part)}
+                and "parts" not in last | turn and all(isinstance(text, str) for text in texts)):
+            merged[-1] = turn | {"content": "\n\n".join(filter(None, texts))}
             counts["repaired", "turns merged"] += 1
         else:
             merged.append(turn)
-    start = int(bool(merged) and merged[0]["role"] == "system")
-    if merged[start:] and merged[start]["role"] == "assistant":
-        del merged[start]
-        counts["repaired", "leading answers dropped"] += 1
-    if merged[start:] and merged[-1]["role"] == "user":
-        merged.pop()
-        counts["repaired", "trailing questions dropped"] += 1
+    start = sum(turn["role"] == "system" for turn in merged[:1])
+    for end, role, what in ((start, "assistant", "leading answers dropped"),
+                            (-1, "user", "trailing questions dropped")):
+        if merged[start:] and merged[end]["role"] == role:
+            del merged[end]
+            counts["repaired", what] += 1
     if messages and not any(turn["role"] == "assistant" for turn in merged):
         raise UserError("--repair leaves no question with an answer (roles: "
                         f"{show([turn['role'] for turn in messages])}); leave out such rows")
@@ -642,15 +579,10 @@ def check_messages(messages: list[dict]) -> None:
         if extra is not None and (role != "user" or not isinstance(extra, str)):
             raise UserError(f"message {i}: `input` must be a string in a user message")
         for part in message.get("parts") or [message]:
-            check_weight(i, role, part.get("weight"))
+            weight = 0 if part.get("weight") is None else part["weight"]
+            is_share = isinstance(weight, int | float) and not isinstance(weight, bool)
+            if not is_share or not 0 <= weight <= (role == "assistant"):
+                raise UserError(f"message {i}: weight {weight!r} in role {role!r}; only answers "
+                                "have a weight, a number from 0 to 1")
     if has_system and len(messages) == 1:
         raise UserError("there is only a system message; add a user message")
-
-
-def check_weight(i: int, role: str, weight) -> None:
-    weight = 0 if weight is None else weight
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight <= 1:
-        raise UserError(f"weight {weight!r} is not a number from 0 to 1")
-    if weight and role != "assistant":
-        raise UserError(f"message {i}: weight {weight} on a {role} message; only assistant "
-                        "messages can have one")

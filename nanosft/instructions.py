@@ -8,7 +8,6 @@ import functools
 import json
 import re
 import shlex
-from collections.abc import Iterable
 
 from nanosft.errors import UserError
 
@@ -27,12 +26,14 @@ def plain(key: str) -> str:
     return re.sub(r"[\W_]+", "_", re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", key)).strip("_").lower()
 
 
-def word(value):
+def word(value) -> str | float | None:
     """A value as a key of the tables below; None: it is no boolean, number, or short string.
 
     >>> word(False), word(" -0.5 "), word("Thumbs-down!"), word([])
-    (False, -0.5, 'thumbs_down', None)
+    ('false', -0.5, 'thumbs_down', None)
     """
+    if isinstance(value, bool):
+        value = str(value)
     if not isinstance(value, str) or len(value) > 24:
         return value if isinstance(value, int | float) else None
     text = value.strip(" \t\r\n.!\ufe0f🏻🏼🏽🏾🏿").lower()  # without the shade of an emoji
@@ -55,20 +56,25 @@ NOT = names("no not dont never without") | ALONE  # with a word of TRAIN: no_los
 FILLERS = names("is do does should use used has with in on from for to this the turn message "
                 "compute calculate include included output")
 SPECIAL = {"loss_mask": "trained",  # verl: 1 is trained
-           "mask_loss": "untrained", "context_only": "untrained", "loss_scale": "weight"}
+           "mask_loss": "untrained", "context_only": "untrained", "loss_scale": "weight",
+           "mask": "role"}  # NeMo: "mask": "User"
 OTHERS = TRAIN | names(  # token masks, character spans, …
     "mask masks weights weighting weighted span spans unlearn supervision grad gradient")
 LABELS = names("id ids idx index hash url date time timestamp attention")  # train_id is an id
-NOT_ANSWERS = names("system user human prompter prompt input instruction")  # NeMo: "mask": "User"
 
-BOOLEANS = dict.fromkeys(("true", "yes", "on", 1), True)
-BOOLEANS |= dict.fromkeys(("false", "no", "off", 0), False)
-SKIPS = BOOLEANS | dict.fromkeys(("mask", "masked", "ignore", "skip", "context", "never"), False)
+TRUE, FALSE = names("true yes on") | {1}, names("false no off") | {0}
+SKIP = names("mask masked ignore skip context never")
+WEIGHTS = {  # what a key says: {its value: the weight of an answer; None: nothing is said}
+    "weight": dict.fromkeys(TRUE, 1.0) | dict.fromkeys(FALSE, 0.0),  # and all numbers in between
+    "trained": dict.fromkeys(TRUE, 1.0) | dict.fromkeys(FALSE | SKIP, 0.0),
+    "untrained": dict.fromkeys(TRUE, 0.0) | dict.fromkeys(FALSE, None),
+    "role": dict.fromkeys(names("system user human prompter prompt input instruction")),
+    "other": {}}
 
 
 @functools.lru_cache(maxsize=4096)
 def kind_of(key: str) -> str | None:
-    """How a key speaks of training: true is `trained` or `untrained`; `weight`; `other`.
+    """How a key speaks of training: its values in WEIGHTS, if it does.
 
     >>> [kind_of(key) for key in ("train_on_turn", "no_loss", "loss_weight", "token_mask", "id")]
     ['trained', 'untrained', 'weight', 'other', None]
@@ -96,59 +102,44 @@ def says_what_to_train(key: str, value) -> bool:
     kind = kind_of(key)
     if kind is None or value in ("", [], {}):
         return False
-    if plain(key) == "mask":
-        return word(value) not in NOT_ANSWERS
-    return kind != "other" or is_number(value) or word(value) in SKIPS
+    return kind != "other" or is_number(value) or word(value) in WEIGHTS["trained"]
 
 
 def weight_of(key: str, value) -> float | None:
-    """The weight that a key gives; None: it says nothing. UserError if no weight can say it."""
-    kind, said = kind_of(key), word(value)
-    if kind == "weight":
-        said = BOOLEANS.get(said, said)
-        if not isinstance(said, int | float) or not 0 <= said <= 1:
-            raise UserError(f"{key} {show(value)} is not a number from 0 to 1")
-        return float(said)
-    flag = (SKIPS if kind == "trained" else BOOLEANS).get(said)
-    if kind == "other" or flag is None:
-        raise UserError(f"`{key}` is {show(value)}, which may say what to train but cannot be read "
-                        "as the weight of an answer (`weight`, 0 to 1, can)")
-    return float(flag) if kind == "trained" else 0.0 if flag else None
+    """The weight that a key gives, -1 if no weight can say it; None: it says nothing."""
+    said = word(value)
+    if kind_of(key) == "weight" and isinstance(said, int | float):
+        return float(said) if 0 <= said <= 1 else -1
+    return WEIGHTS[kind_of(key)].get(said, -1)
 
 
-def take_weight(keys: dict, where: str, role: str, reading, used: Iterable = ()) -> float | None:
+def take_weight(keys: dict, role: str, reading) -> float | None:
     """What the keys of a row, message, or part say about training it, as one weight, if anything.
 
-    They are taken from `keys`, but for `used` ones. reading: the flags, a forms.Reading.
+    They are taken from `keys`. reading: the flags, a forms.Reading.
     """
     said = {key: keys.pop(key) for key in [*keys]
-            if key not in used and says_what_to_train(key, keys[key])}
+            if key not in reading.ignore and says_what_to_train(key, keys[key])}
     weights = {}
     for key, value in said.items():
-        try:
-            weight = weight_of(key, value)
-        except UserError as error:
-            raise UserError(f"{where}{error}; leave it out: {reading.ignoring(key)}") from error
-        if weight and role != "assistant":
-            raise UserError(f"{where}{key} {show(value)} on a {role} message; only answers are "
-                            f"trained; leave it out there: {reading.ignoring(f'{role}.{key}')}")
+        weight = weight_of(key, value)
+        if weight == -1 or (role == "text" and weight not in (None, 1)):
+            what = "the weight of an answer is a number from 0 to 1"
+            if role == "text":
+                what = "a {text} row is trained whole or not at all"
+            raise UserError(f"`{key}` is {show(value)}, which may say what to train, but {what}; "
+                            f"leave it out: {reading.ignoring(key)}")
+        if weight and role not in ("assistant", "text"):
+            raise UserError(f"{key} {show(value)} on a {role} message; only answers are trained; "
+                            f"leave it out there: {reading.ignoring(f'{role}.{key}')}")
         if weight is not None:
             weights[key] = weight
-    numbers = {weight for key, weight in weights.items() if kind_of(key) == "weight"}
-    if len(numbers) > 1 or (0 in weights.values() and any(weights.values())):
+    lowest, *others = sorted({*weights.values()}) or [None]
+    if others and (lowest == 0 or others != [1]):
         shown = " and ".join(f"{key} {show(said[key], 20)}" for key in weights)
-        raise UserError(f"{where}{shown} contradict each other; leave out all but one, as with "
+        raise UserError(f"{shown} contradict each other; leave out all but one, as with "
                         f"{reading.ignoring(*[*weights][1:])}")
-    return min(weights.values(), default=None)
-
-
-def hidden_instruction(value) -> str | None:
-    """The key of an object, such as `metadata`, that says not to train, or not fully."""
-    for key, inner in value.items() if isinstance(value, dict) else ():
-        fully = word(inner) in ((False, 0) if kind_of(key) == "untrained" else (True, 1))
-        if kind_of(key) != "other" and says_what_to_train(key, inner) and not fully:
-            return key
-    return None
+    return lowest
 
 
 # ----- feedback on an answer ---------------------------------------------------------------------
@@ -163,21 +154,19 @@ BAD = names(
     "bad bad_answer deleted discard discarded downvote downvoted drop dropped fail failed failure "
     "filtered hallucinated hallucination reject rejected removed spam thumbs_down thumb_down wrong "
     "👎 ❌")
-NEGATIONS = ("not_", "no_", "non_", "un", "in", "dis")  # before a word of GOOD: incorrect
-BAD_VALUES = names("down false low negative no poor")  # in MARKS and columns of GOOD
-EVERYWHERE = names("rejected downvoted disliked undesirable thumbs_down thumb_down 👎")
-# Columns of a verdict. Of these, a number but -1 says nothing: it counts, or is a score or a class.
+BAD |= {no + word for no in ("not_", "no_", "non_", "un", "in", "dis") for word in GOOD}
+UNHAPPY = names("down false low negative no poor")  # bad as well
+CLASSES = names("down low negative spam")  # no feedback as the value of a `label`
+# Of columns of a verdict, a number but -1 says nothing: it counts, or is a score or a class.
 MARKS = names(
     "label feedback rating vote thumb thumbs preference status outcome result quality verdict "
     "judge judgment judgement grade evaluation assessment decision reaction annotation correctness "
     "helpful helpfulness like upvote useful tag")
-CLASSES = names("down low negative spam")  # no feedback as the value of a `label`
 ABOUT_PROMPT = names("input prompt question query instruction problem sentiment")
-
-
-def is_bad(text: str) -> bool:
-    return text in BAD or any(text.removeprefix(no) in GOOD for no in NEGATIONS if
-                              text.startswith(no))
+SAYS_BAD = {  # what a column says of an answer: its values that say bad
+    "bad": TRUE, "good": BAD | UNHAPPY | {0, -1}, "mark": BAD | UNHAPPY | {-1},
+    "label": (BAD | UNHAPPY) - CLASSES,
+    None: names("rejected downvoted disliked undesirable thumbs_down thumb_down 👎")}
 
 
 @functools.lru_cache(maxsize=4096)
@@ -191,7 +180,7 @@ def verdict_in(key: str) -> str | None:
     ends = {"_".join(words[i:]) for i in range(len(words))}
     if ABOUT_PROMPT & {*words}:
         return None
-    if any(map(is_bad, ends)):
+    if ends & BAD:
         return "bad"
     if ends & GOOD - MARKS:
         return "good"
@@ -204,22 +193,15 @@ def marks_bad_answer(key: str, value) -> bool:
     (True, False)
     """
     verdict = verdict_in(key)
-    if verdict is None:
-        return isinstance(value, str) and value.lower() in EVERYWHERE
     if isinstance(value, dict):  # {"rating": "bad"}
-        return any(marks_bad_answer(inner, said) for inner, said in value.items())
-    said = word(value)
-    if verdict == "bad":
-        return BOOLEANS.get(said) is True
-    if isinstance(said, str):
-        return (is_bad(said) or said in BAD_VALUES) and (verdict != "label" or said not in CLASSES)
-    return said is False or (said == -1 and verdict != "label") or (said == 0 and verdict == "good")
+        return verdict is not None and any(marks_bad_answer(*item) for item in value.items())
+    return word(value) in SAYS_BAD[verdict]
 
 
-def check_feedback(columns: dict, decided: set[str], reading) -> None:
+def check_feedback(columns: dict, reading) -> None:
     """UserError for a row that a column marks as a bad answer, with the flags that decide."""
     for key, value in columns.items():
-        if key not in decided and marks_bad_answer(key, value):
+        if marks_bad_answer(key, value):
             bad = value if isinstance(value, str) else json.dumps(value)
             raise UserError(f"`{key}` is {show(value)}, which marks a bad answer; leave out such "
                             f"rows: --where {shlex.quote(f'{key}!={bad}')}, or train on them: "
@@ -240,11 +222,10 @@ FACTS = TITLES | names(  # keys of messages with these last words may hold boole
     "ratings rank votes upvotes downvotes likes views stars reward rewards logprob logprobs prob "
     "probability confidence perplexity ppl similarity distance cost price lang language languages "
     "country state city toxic toxicity redacted moderation flagged nsfw pii usage version")
-MAGPIE = names("intent knowledge difficulty")  # its `knowledge` names what a prompt asks for
 
 
 @functools.lru_cache(maxsize=4096)
-def says_nothing(key: str, known: frozenset[str]) -> bool:
+def says_nothing(key: str, known: frozenset[str] = TITLES) -> bool:
     """Whether a key, its last word, or its first one (`num_turns`) is known metadata.
 
     >>> says_nothing("conversation_hash", FACTS), says_nothing("keep", FACTS)
@@ -252,3 +233,17 @@ def says_nothing(key: str, known: frozenset[str]) -> bool:
     """
     name = plain(key)
     return name in known or name.rpartition("_")[2] in known or name.startswith("num_")
+
+
+def may_instruct(key: str, value, in_message: bool) -> str | None:
+    """What an unused value may say about training, if anything: in a message, any flag or number
+    that is no metadata; elsewhere, an instruction inside an object.
+    """
+    if in_message and (marks_bad_answer(key, value) or (not says_nothing(key, FACTS) and (
+            is_number(value) or word(value) in ("true", "false")))):
+        return f"is {show(value, 40)} in a message, which may say what to train"
+    for inner, said in value.items() if isinstance(value, dict) else ():
+        is_clear = says_what_to_train(inner, said) and kind_of(inner) not in ("role", "other")
+        if is_clear and weight_of(inner, said) not in (1, None):
+            return f"holds `{inner}`, which may say what to train"
+    return None

@@ -140,7 +140,7 @@ def chat(*turns) -> dict:
     return {"messages": [dict(zip(keys, turn)) for turn in turns]}
 
 
-NO_CONTENT = "message 0 has no `content` string"
+NO_TEXT = "message 0: no text among the keys "
 NOT_TURNS = "`conversations` must be a list of {role, content}, of {from, value}, or of strings"
 
 
@@ -163,21 +163,21 @@ NOT_TURNS = "`conversations` must be a list of {role, content}, of {from, value}
     ({"messages": ["Q"]}, "the last message has role 'user', expected 'assistant'"),
     ({"messages": "Q"}, "`messages` is a string, but not JSON: 'Q'"),
     ({"messages": [{"role": "user", "content": "Q"}, "A"]}, "`messages` must be a list of"),
-    (chat(("user", None), ("assistant", "A")), NO_CONTENT),
+    (chat(("user", None), ("assistant", "A")), NO_TEXT + "['role']"),
     (chat(("user", [{"type": "image"}]), ("assistant", "A")), "part of type 'image'"),
     (chat(("assistant", "A"), ("user", "Q")), "message 0 has role 'assistant', expected 'user'"),
     (chat(("user", "Q"), ("user", "Q")), "message 1 has role 'user', expected 'assistant'"),
-    (chat(("user", "Q"), ("tool", "4")), "message 1 has role 'tool': tool and function turns"),
-    (chat(("user", "Q"), ("bob", "4")), "message 1 has role 'bob'; the known roles are system, "),
+    (chat(("user", "Q"), ("tool", "4")), "message 1: role 'tool' is not read"),
+    (chat(("user", "Q"), ("bob", "4")), "message 1: role 'bob' is not read, only system, "),
     (chat(("user", "Q")), "the last message has role 'user', expected 'assistant'"),
-    (chat(("user", "Q"), ("assistant", "A", 1.5)), "weight 1.5 is not a number from 0 to 1"),
-    (chat(("user", "Q"), ("assistant", "A", float("nan"))), "weight nan is not a number"),
-    (chat(("user", "Q"), ("assistant", "A", "x")), "weight 'x' is not a number from 0 to 1"),
+    (chat(("user", "Q"), ("assistant", "A", 1.5)), "`weight` is 1.5, which may say what to train"),
+    (chat(("user", "Q"), ("assistant", "A", float("nan"))), "`weight` is nan, which may say"),
+    (chat(("user", "Q"), ("assistant", "A", "x")), "`weight` is 'x', which may say what to train"),
     (chat(("user", "Q", 0.5), ("assistant", "A")), "message 0: weight 0.5 on a user message"),
-    ({"conversations": {"from": ["human"]}}, NOT_TURNS),
+    ({"conversations": 7}, NOT_TURNS),
     ({"conversations": [["human", "Q"]]}, NOT_TURNS),
-    ({"conversations": [{"from": ["human"], "value": "Q"}]}, "message 0 has role ['human']"),
-    ({"conversations": [{"from": "human"}]}, NO_CONTENT),
+    ({"conversations": [{"from": ["human"], "value": "Q"}]}, "message 0: role ['human'] is not"),
+    ({"conversations": [{"from": "human"}]}, NO_TEXT + "['from']"),
 ])
 def test_row_that_cannot_be_trained_is_named_with_its_line(refused, jsonl, row, message):
     source = jsonl("a.jsonl", [GOOD, row, GOOD])

@@ -18,7 +18,9 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 COMMANDS = ("fineweb", "train_gpt2", "sft_data", "train_sft", "evaluate", "chat", "data.worksheet",
             "tools.bench", "tools.plot", "tools.compare_peers", "tools.ablations", "tools.lesson",
-            "tools.playground", "tools.reversal", "data.reasoning", "tools.reasoning")
+            "tools.playground", "tools.reversal", "data.reasoning", "tools.reasoning",
+            "tools.variety")
+WITH_EXAMPLES = ("README.md", "docs/sft.md")
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)  # (language, code)
 
 
@@ -70,8 +72,9 @@ def test_every_documented_command_has_the_flags_it_names(name):
             tyro.cli(config, args=shlex.split(arguments), use_underscores=True)
 
 
-def test_examples_in_the_readme_print_what_they_say():
-    result = doctest.testfile(str(ROOT / "README.md"), module_relative=False)
+@pytest.mark.parametrize("name", WITH_EXAMPLES)
+def test_examples_in_the_documentation_print_what_they_say(name):
+    result = doctest.testfile(str(ROOT / name), module_relative=False)
     assert (result.attempted > 0, result.failed) == (True, 0)
 
 
@@ -93,9 +96,27 @@ def test_sft_data_commands_in_the_readme_print_what_it_shows(tmp_path, monkeypat
     assert n_compared > 0
 
 
-def test_every_linked_file_exists():
-    links = re.findall(r"\]\(([^)#:]+)\)", README)
-    assert links and [link for link in links if not (ROOT / link).exists()] == []
+@pytest.mark.parametrize("name", WITH_EXAMPLES)
+def test_every_linked_file_and_heading_exists(name):
+    page = ROOT / name
+    links = re.findall(r"\]\(([^):#]*)(?:#([^)]+))?\)", page.read_text())
+    assert links
+    for file, heading in links:
+        target = page.parent / file if file else page
+        assert target.exists(), file
+        if heading:
+            titles = re.findall(r"^#+ (.+)$", target.read_text(), re.M)
+            assert heading in {re.sub(r"[^\w -]", "", t).lower().replace(" ", "-") for t in titles}
+
+
+def test_every_test_that_the_argument_names_exists():
+    """docs/sft.md names tests, at times only their beginning: `test_gradient_of_the_logits_…`."""
+    tests = {name for path in (ROOT / "tests").glob("test_*.py")
+             for name in re.findall(r"^def (test_\w+)\(", path.read_text(), re.M)}
+    named = re.findall(r"`(test_\w+)(…?)`", (ROOT / "docs/sft.md").read_text())
+    assert len(named) > 10
+    assert [name for name, is_start in named if not (
+        any(test.startswith(name) for test in tests) if is_start else name in tests)] == []
 
 
 def test_every_docstring_example_runs(pytestconfig):

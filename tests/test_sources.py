@@ -213,7 +213,7 @@ def test_part_that_is_text_is_read_in_any_form(content):
      {"type": "text", "text": ["x"]}, {"type": "text", "text": {"x": "y"}}, 7, None], ids=str)
 def test_part_of_another_type_is_refused_although_it_has_a_text(part):
     kind = part["type"] if isinstance(part, dict) else part
-    with pytest.raises(UserError, match=re.escape(f"message 1 has a part of type {kind!r}; the")):
+    with pytest.raises(UserError, match=re.escape(f"message 1: a part of type {kind!r}; the")):
         messages_of({"messages": [QUESTION, ANSWER | {"content": [part, "A"]}]})
 
 
@@ -300,19 +300,20 @@ QA = {"question": "Q", "answer": "A"}
 
 @pytest.mark.parametrize("row, what, advice", [
     ({"prompt": "Q", "chosen": "A", "rejected": "B"}, "a preference row", "response=chosen"),
-    ({"messages": [{"foo": "Q", "bar": 1}]}, "message 0 has the keys ['bar', 'foo']", "{role, "),
+    ({"messages": [{"foo": "Q", "bar": 1}]}, "message 0: no text among the keys ['bar', 'foo']",
+     "{role, "),
     ({"text": "Q", "role": "prompter", "lang": "en"}, "OASST: role", "make each path of a tree"),
     ({"text": "Q", "message_id": "1", "parent_id": None}, "OASST: message_id", "--ignore"),
     ({"message_tree_id": "1", "prompt": {"text": "Q"}}, "OASST: message_tree_id", "make each path"),
     (QA | {"image": {"bytes": b"png"}}, "`image` is not text", "--ignore image"),
     ({"messages": [QUESTION | {"content": [{"type": "text", "text": "a"},
                                            {"type": "image_url", "image_url": "b"}]}, ANSWER]},
-     "message 0 has a part of type 'image_url'", "leave out such rows"),
+     "message 0: a part of type 'image_url'", "leave out such rows"),
     ({"messages": [QUESTION, ANSWER, {"role": "tool", "content": "4"}]},
-     "message 2 has role 'tool': tool and function turns", "leave out such rows"),
+     "message 2: role 'tool' is not read", "leave out such rows"),
     ({"conversations": [{"from": "function_call", "value": "f()"}]},
-     "message 0 has role 'function_call'", "leave out such rows"),
-    ({"messages": [QUESTION | {"role": "bob" * 99}, ANSWER]}, "has role 'bobbob", "aliases"),
+     "message 0: role 'function_call'", "leave out such rows"),
+    ({"messages": [QUESTION | {"role": "bob" * 99}, ANSWER]}, "message 0: role 'bobbob", "aliases"),
     ({"messages": [QUESTION, ANSWER | {"tool_calls": [{"name": "f"}]}]}, "`tool_calls` holds text",
      "--ignore tool_calls"),
     ({"messages": [QUESTION, ANSWER | {"reasoning_content": "So"}]}, "`reasoning_content` holds",

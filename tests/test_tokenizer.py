@@ -207,7 +207,7 @@ def test_weight_is_stored_in_percent_and_a_positive_one_never_becomes_0(bytes_en
 @pytest.mark.parametrize("weight", [-0.1, 1.01, 2, float("nan"), float("inf"), "1", [1], True,
                                     pytest.param(10**400, id="huge")])
 def test_weight_outside_0_to_1_is_refused(bytes_encoding, weight):
-    with pytest.raises(UserError, match="is not a number from 0 to 1"):
+    with pytest.raises(UserError, match="only answers have a weight, a number from 0 to 1"):
         render(bytes_encoding, [user("Q"), assistant("A", weight=weight)])
 
 
@@ -355,8 +355,8 @@ def test_no_byte_pair_crosses_from_the_prompt_into_the_answer(gpt2):
     ([user("Q"), {"role": "tool", "content": "4"}], "message 1 has role 'tool', expected"),
     ([user("Q"), assistant("")], "message 1: the response is empty"),
     ([user("Q")], "the last message has role 'user', expected 'assistant'"),
-    ([user("Q", weight=1), assistant("A")], "message 0: weight 1 on a user message"),
-    ([system("S", weight=1), user("Q"), assistant("A")], "message 0: weight 1 on a system message"),
+    ([user("Q", weight=1), assistant("A")], "message 0: weight 1 in role 'user'"),
+    ([system("S", weight=1), user("Q"), assistant("A")], "message 0: weight 1 in role 'system'"),
     ([user("Q", input=3), assistant("A")], "message 0: `input` must be a string in a user"),
     ([user("Q"), assistant("A", input="x")], "message 1: `input` must be a string in a user"),
     ([system("S", input="x"), user("Q"), assistant("A")], "message 0: `input` must be a string"),
