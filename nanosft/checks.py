@@ -108,7 +108,8 @@ def other_length(saved: dict, now: dict) -> UserError:
     sizes = " and no --n_layer, --n_head, --n_embd" if now["init"] == "scratch" else ""
     return UserError(f"--resume: --{flag} {now[flag]} means {now['steps']} steps, but the learning "
                      f"rate of the run in --out is planned for {saved['steps']}; use --max_steps "
-                     f"{saved['steps']} or, to train on, start a new run with --init {shlex.quote(now['out'])}, a new --out{sizes}")
+                     f"{saved['steps']} or, to train on, start a new run with --init "
+                     f"{shlex.quote(now['out'])}, a new --out{sizes}")
 
 
 def check_start(gpt, config, run, ranks, n_vocab: int) -> str:
