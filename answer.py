@@ -3,6 +3,7 @@
 import re
 import sys
 from collections.abc import Callable, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import NamedTuple
 
@@ -91,29 +92,34 @@ def cut_prompt(ids: list[int], room: int, block_size: int, where: str) -> list[i
 
 # ----- scores ------------------------------------------------------------------------------------
 
-# name -> pattern whose first group is the answer
+# What may stand around a number: currency, LaTeX, and Markdown
+BEFORE, AFTER = r"(?:\\boxed|\\[(\[]|[\s*_`$£€¥₹\\{])*", r"[\s*_`$£€¥₹%\\})\].]*"
+# name -> pattern whose last group is the answer
 EXTRACTIONS = {
-    "gsm8k": re.compile(r".*####\s*\$?(-?[\d.,]*\d)\.?\s*", re.DOTALL),
+    "gsm8k": re.compile(rf".*####{BEFORE}(?:([-+\u2212\u2013\uff0d]){BEFORE})?"
+                        rf"(\d[\d,]*(?:\.\d*)?(?:e[-+]?\d{{1,3}})?|\.\d+){AFTER}", re.DOTALL),
     "answer": re.compile(r".*</think>\s*<answer>(.*?)</answer>\s*", re.DOTALL),
     "whole": re.compile(r"\s*(\S.*?)\s*", re.DOTALL),
 }
 
 
-def extraction_for(reference: str) -> str:
-    """The first extraction that fits a reference answer."""
-    return next((how for how in EXTRACTIONS if extract(reference, how) is not None), "whole")
+def extraction_for(references: Sequence[str]) -> str:
+    """The first extraction that fits all reference answers."""
+    return next((how for how in EXTRACTIONS
+                 if all(extract(reference, how) is not None for reference in references)), "whole")
 
 
-def extract(text: str, how: str) -> str | None:
-    """The part of an answer to compare, or None if its format is wrong.
+def extract(text: str, how: str) -> str | Decimal | None:
+    """The part of an answer to compare, in `gsm8k` a number; None if its format is wrong.
 
-    >>> extract("48/2 = 24 clips. #### 1,024", "gsm8k")
-    '1024'
+    >>> extract("48/2 = 24 clips. #### $1,024.00", "gsm8k") == 1024
+    True
     """
     match = EXTRACTIONS[how].fullmatch(text)
-    if match is None:
-        return None
-    return match[1].replace(",", "") if how == "gsm8k" else match[1].strip()
+    if match is None or how != "gsm8k":
+        return match and match[1].strip()
+    sign, digits = match.groups()
+    return Decimal(("" if sign in (None, "+") else "-") + digits.replace(",", ""))
 
 
 def score(answer: Answer, reference: str, how: str) -> dict[str, bool]:
@@ -134,12 +140,13 @@ def answer_samples(assistant: Assistant, pairs: list[tuple[list[int], list[int]]
     room, block_size = 16 + max(len(reference) for _, reference in pairs), model.config.block_size
     mine = pairs[ranks.rank :: ranks.world_size]
     answers = assistant.answer([ids[-max(1, block_size - room) :] for ids, _ in mine], room)
+    how = extraction_for([encoding.decode(reference) for _, reference in pairs])
     records = []
     for (ids, reference_ids), answer in zip(mine, answers):
         reference = encoding.decode(reference_ids)
         records.append({"prompt": encoding.decode(ids), "reference": reference,
                         "answer": answer.text,
-                        **score(answer, reference, extraction_for(reference))})
+                        **score(answer, reference, how)})
     records = ranks.gather(records)
     first = records[0]
     ranks.print(f"prompt  …{first['prompt'][-80:]!r}\n  answer    {first['answer'][:80]!r}\n"

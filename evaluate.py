@@ -8,7 +8,6 @@ loss is that of the reference answers, in nats per token, end token included.
 """
 
 import dataclasses
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
@@ -29,7 +28,7 @@ from answer import (
 from model import GPT, IGNORE_INDEX
 from nanosft import fast
 from nanosft.cli import run_cli
-from nanosft.errors import UserError
+from nanosft.errors import UserError, to_json
 from nanosft.forms import Counts, Reading, examined, messages_of
 from nanosft.ranks import Dtype, Ranks, setup_distributed
 from nanosft.sources import read_sources
@@ -46,7 +45,7 @@ class Config(Reading):
     data: str
     """rows with a reference answer: a file or a hub dataset, as --source of sft_data.py"""
     extract: Literal[("auto", *EXTRACTIONS)] = "auto"
-    """part to compare; gsm8k: N of `#### N`; answer: <answer>N</answer>; auto: by the first row"""
+    """gsm8k: the number of `#### N`; answer: <answer>N</answer>; auto: what fits all references"""
     template: Template | None = None
     """of the prompts; None: the one the model was trained with, or chat for a base model"""
     max_examples: Annotated[int | None, Ge(1)] = None
@@ -84,8 +83,8 @@ def read_questions(config: Config, assistant: Assistant) -> list[dict]:
         except UserError as error:
             raise UserError(f"{place}: {error}") from error
         answer = ids[len(prompt) :]
-        if template == "chat":
-            answer = answer[:-1]  # <|end|> ends an answer; nothing predicts <|endoftext|>
+        if template == "chat":  # <|end|> ends an answer, or <|endoftext|> if the model has no other
+            answer.pop(-1 if answer[-2] < assistant.model.config.n_vocab else -2)
         questions.append({"place": place, "prompt": prompt, "answer": answer, "messages": messages,
                           "reference": messages[-1]["content"]})
     if not questions:
@@ -94,8 +93,9 @@ def read_questions(config: Config, assistant: Assistant) -> list[dict]:
 
 
 def choose_extraction(config: Config, questions: list[dict]) -> str:
-    """--extract, or what fits the first reference; UserError if a reference lacks that format."""
-    how = extraction_for(questions[0]["reference"]) if config.extract == "auto" else config.extract
+    """--extract, or what fits all references; UserError if a reference lacks that format."""
+    references = [question["reference"] for question in questions]
+    how = extraction_for(references) if config.extract == "auto" else config.extract
     for question in questions:
         if extract(question["reference"], how) is None:
             raise UserError(f"{question['place']}: the reference does not have the format {how!r}; "
@@ -141,14 +141,6 @@ def reference_batches(config: Config, assistant: Assistant, questions: list[dict
         yield MicroBatch(pairs["input_ids"], y)
 
 
-def summarize(records: list[dict], how: str) -> dict:
-    """Means over all records; `how` is the extraction that was compared."""
-    keys = {"answer_acc": "right", "format_acc": "formed", "stop_rate": "stopped",
-            "mean_tokens": "tokens"}
-    means = {name: sum(r[key] for r in records) / len(records) for name, key in keys.items()}
-    return {"rows": len(records), "extract": how, **means}
-
-
 def main(config: Config) -> None:
     # --- 1. model and rows ---
     ranks = setup_distributed(config.device, dtype=config.dtype)
@@ -169,13 +161,17 @@ def main(config: Config) -> None:
     if not ranks.is_main:
         return
     if config.save:
-        lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+        lines = [to_json(record, ensure_ascii=False) + "\n" for record in records]
         Path(config.save).parent.mkdir(parents=True, exist_ok=True)
-        Path(config.save).write_text("".join(lines), encoding="utf-8")
-    result = {"model": config.model, "data": config.data, **summarize(records, how), **losses}
+        Path(config.save).write_text("".join(lines), "utf-8", "backslashreplace")  # lone surrogates
+    keys = {"answer_acc": "right", "format_acc": "formed", "stop_rate": "stopped",
+            "mean_tokens": "tokens"}
+    means = {name: sum(r[key] for r in records) / len(records) for name, key in keys.items()}
+    result = {"model": config.model, "data": config.data, "rows": len(records), "extract": how,
+              **means, **losses}
     for key, value in result.items():
         print(f"{key:14} {value:.4f}" if isinstance(value, float) else f"{key:14} {value}")
-    print(json.dumps(result))
+    print(to_json(result))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ The bytes of the shards do not depend on the number of workers. Speed and disk s
 import dataclasses
 import itertools
 import os
-import shlex
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated
@@ -20,7 +19,7 @@ import numpy as np
 from annotated_types import Ge
 from tqdm import tqdm
 
-from nanosft.cli import run_cli
+from nanosft.cli import run_cli, to_paste
 from nanosft.errors import UserError
 from nanosft.files import TEXT_FORMATS
 from nanosft.shards import ShardWriter, new_folder, write_meta
@@ -128,8 +127,7 @@ def main(config: Config) -> None:
             "source": list(config.source), "splits": splits})
     for split, entry in splits.items():
         print(f"{split:5}  {entry['tokens']:>13,} tokens in {entry['shards']} shard(s)")
-    print(f"next: torchrun --standalone --nproc_per_node=1 train_gpt2.py --data "
-          f"{shlex.quote(config.out)} --out out/base")
+    print("next:", to_paste("train_gpt2.py", "--data", config.out, "--out", "out/base"))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ import dataclasses
 import functools
 import itertools
 import os
-import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -30,7 +29,7 @@ import tokenizer
 from answer import load_assistant, tokenize_prompt_and_output as tokenize_prompt_and_output
 from model import IGNORE_INDEX, isolated_positions
 from nanosft.checks import require_row
-from nanosft.cli import run_cli
+from nanosft.cli import run_cli, to_paste
 from nanosft.errors import UserError, require_choice
 from nanosft.forms import Reading, messages_of
 from nanosft.report import Report, describe_rows
@@ -289,8 +288,8 @@ def prepare(config: Config) -> None:
             "source": [*config.source, *config.val_source], "splits": splits})
     report.print(splits, row_openers(config, config.out, "train"))
     init = "gpt2" if config.encoding == "gpt2" else "scratch"
-    print("next: torchrun --standalone --nproc_per_node=1 train_sft.py --data "
-          f"{shlex.quote(config.out)} --init {init} --out out/sft")
+    print("next:", to_paste("train_sft.py", "--data", config.out, "--init", init,
+                            "--out", "out/sft"))
     if init == "scratch":
         print("      (to start from a model pretrained by train_gpt2.py: --init out/base)")
 

@@ -20,9 +20,14 @@ all later ones build on it. `correct` says which, for --where correct=true.
 
 import dataclasses
 import random
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
+
+if __name__ == "__main__" and not __package__:  # run by its path: nothing below is found
+    print("error: in the project's folder, run python -m data.reasoning", file=sys.stderr)
+    sys.exit(2)
 
 from annotated_types import Ge, Lt
 

@@ -18,8 +18,13 @@ only, so a right answer there is knowledge that SFT did not add.
 import dataclasses
 import json
 import random
+import sys
 from pathlib import Path
 from typing import Annotated, NamedTuple
+
+if __name__ == "__main__" and not __package__:  # run by its path: nothing below is found
+    print("error: in the project's folder, run python -m data.worksheet", file=sys.stderr)
+    sys.exit(2)
 
 from annotated_types import Ge, Le
 
@@ -126,7 +131,7 @@ def suggestions(trained: list[Item], heldout: list[Item]) -> list[dict]:
 
 
 def write_rows(path: Path, rows: list[dict]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
 
 
 def main(config: Config) -> None:

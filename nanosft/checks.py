@@ -5,6 +5,7 @@ import importlib.util
 import itertools
 import math
 import os
+import shlex
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -61,9 +62,10 @@ def lock(out: str | Path) -> filelock.BaseFileLock:
     held = filelock.FileLock(path, fallback_to_soft=False)
     try:
         held.acquire(timeout=1)  # a rank that only checks the lock holds it for an instant
-        path.write_text(me)
+        path.write_text(me, "utf-8")
     except filelock.Timeout as error:
-        holder = path.read_text() if os.name != "nt" else ""  # Windows lets no other process read
+        # Windows lets no other process read
+        holder = path.read_text("utf-8") if os.name != "nt" else ""
         if holder != me:  # a failed run in this notebook may still hold it
             raise UserError(f"--out {out} is in use by {holder or 'another run'}; stop it or "
                             "choose another folder") from error
@@ -96,11 +98,23 @@ def check_same_run(saved: dict, now: dict) -> list[str]:
         if key == "data_sha256":
             raise UserError("--resume: this is not the data of the run in --out; pass that run's "
                             "--data or choose another --out")
+        if key == "steps":
+            raise other_length(saved, now)
         if not may_change:
             raise UserError(f"--resume: {key} is {value}, but {was} in the run in --out; use the "
                             "run's own flags or another --out")
         changes.append(f"{key} is {value} (was {was})")
     return changes
+
+
+def other_length(saved: dict, now: dict) -> UserError:
+    """The error for a flag that makes a run longer or shorter: its schedule is fixed."""
+    flag = "max_steps" if now["max_steps"] else "epochs"
+    sizes = " and no --n_layer, --n_head, --n_embd" if now["init"] == "scratch" else ""
+    return UserError(f"--resume: --{flag} {now[flag]} means {now['steps']} steps, but the learning "
+                     f"rate of the run in --out is planned for {saved['steps']}; use --max_steps "
+                     f"{saved['steps']} or, to train on, start a new run with --init "
+                     f"{shlex.quote(now['out'])}, a new --out{sizes}")
 
 
 def check_start(gpt, config, run, ranks, n_vocab: int) -> str:

@@ -1,15 +1,18 @@
 """The command line of every script: flags from a dataclass, their bounds, one-line user errors."""
 
 import inspect
+import io
 import operator
 import os
 import re
+import shlex
 import signal
 import socket
 import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 from nanosft.errors import NO_SPACE, UserError, one_line
@@ -28,6 +31,9 @@ def run_cli(main: Callable, config_class: type) -> None:
     """
     import tyro
 
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # escape what is not in a terminal's encoding
+            stream.reconfigure(errors="backslashreplace")
     if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun started this process
         end_with(os.getppid())
     try:
@@ -55,6 +61,14 @@ def run_cli(main: Callable, config_class: type) -> None:
         if not gloo and not isinstance(error, dist.DistError):  # NCCL's
             raise
         exit_with("lost the connection to another rank, which failed or is down; see its output")
+
+
+def to_paste(script: str, *flags: str) -> str:
+    """A command of this project as a shell reads it, in whatever folder the user is."""
+    path = Path(__file__).parents[1] / script
+    words = shlex.join([script if Path(script).exists() else str(path), *flags])
+    is_trainer = script.startswith("train_")
+    return f"{'torchrun --standalone --nproc_per_node=1' if is_trainer else 'python'} {words}"
 
 
 def expand_home(config):

@@ -67,14 +67,24 @@ def written_atomically(path: Path) -> Iterator[Path]:
 
 def flush(path: Path) -> None:
     """fsync a file or folder: its contents must reach the disk before a rename does."""
-    if os.name != "nt":  # Windows cannot open folders
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+    is_folder = path.is_dir()
+    # Windows cannot open folders, nor flush what is open for reading
+    with contextlib.suppress(OSError) if is_folder else contextlib.nullcontext():
+        descriptor = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def to_json(value, **options) -> str:
+    """JSON text. Infinity and NaN, which JSON does not have, become null."""
+    finite = json.loads(json.dumps(value), parse_constant=lambda name: None)
+    return json.dumps(finite, **options)
 
 
 def write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    path.write_text(to_json(content, indent=1) + "\n", "utf-8")
 
 
 def free_bytes(path: Path) -> int:

@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -230,7 +231,8 @@ def folder_files(folder: Path, split: str, formats: Iterable[str]) -> list[Path]
     chosen = splits.get(SPLITS.get(split, split))
     if chosen is None:
         raise UserError(f"{folder}: no split {split!r} (there is: {', '.join(splits)}); name a "
-                        f"split as {folder}::{next(iter(splits))}, or pass the files one by one")
+                        f"split as {shlex.quote(f'{folder}::{next(iter(splits))}')}, or pass the "
+                        "files one by one")
     endings = {name.name[name.name.lower().rindex(format_of(name)) :] for name in chosen}
     if len(endings) > 1:  # often the same rows twice, or a file without rows
         raise UserError(f"{folder}: files of several formats ({', '.join(sorted(endings))}); pass "

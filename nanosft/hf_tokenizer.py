@@ -78,7 +78,8 @@ def tokenizer_json(encoding: tiktoken.Encoding, n_vocab: int) -> str:
         "end_of_word_suffix": "", "fuse_unk": False, "byte_fallback": False,
         "ignore_merges": False,
         "vocab": {spell(token): rank for token, rank in ranks.items()},
-        "merges": [[spell(a), spell(b)] for a, b in recover_merges(ranks)],
+        # as strings: lists need tokenizers 0.20. No token has a space, which is spelled "Ġ"
+        "merges": [f"{spell(a)} {spell(b)}" for a, b in recover_merges(ranks)],
     }
     return json.dumps({
         "version": "1.0", "truncation": None, "padding": None,
@@ -92,6 +93,9 @@ def tokenizer_json(encoding: tiktoken.Encoding, n_vocab: int) -> str:
 # Jinja, the language of chat templates. The tokens are spelled out, never built from a role, so
 # transformers can tell them from the same characters in a message.
 START = r"""
+{%- if tools or documents -%}
+{{- raise_exception('this model was not trained with tools or documents; pass none') -}}
+{%- endif -%}
 {%- set n_system = 1 if messages[0]['role'] == 'system' else 0 -%}
 {%- for message in messages -%}
 {%- set role = 'system' if loop.index0 < n_system else
@@ -101,6 +105,9 @@ START = r"""
 {%- endif -%}
 {%- if message['content'] is not string -%}
 {{- raise_exception('the content of each message must be a string') -}}
+{%- endif -%}
+{%- if message['tool_calls'] or message['reasoning_content'] -%}
+{{- raise_exception('this model was not trained with tool_calls or reasoning_content') -}}
 {%- endif -%}
 {%- set text = message['content'] -%}
 {%- if message['input'] -%}

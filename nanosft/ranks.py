@@ -193,9 +193,10 @@ def total_memory(device: torch.device) -> float:
     """Bytes of the GPU, or this rank's share of the machine's memory."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    if not hasattr(os, "sysconf"):  # Windows
+    try:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError):  # Windows, and where a system has not these names
         return math.inf
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return total / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
@@ -205,4 +206,4 @@ def require_memory(need: float, what: str, device: torch.device = CPU) -> str:
     if need > total:
         raise UserError(f"{what}: needs about {need / 1e9:.3g} GB, but a rank has "
                         f"{total / 1e9:.3g} GB ({device.type}) here; lower it")
-    return f"{need / 1e9:.3g} of {total / 1e9:.3g} GB"
+    return f"{need / 1e9:.3g}" + (f" of {total / 1e9:.3g} GB" if total < math.inf else " GB")

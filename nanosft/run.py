@@ -25,7 +25,15 @@ from annotated_types import Ge, Gt, Lt
 from tqdm import tqdm
 
 from nanosft import checks, fast
-from nanosft.errors import UserError, explain_write_errors, flush, write_json, written_atomically
+from nanosft.cli import to_paste
+from nanosft.errors import (
+    UserError,
+    explain_write_errors,
+    flush,
+    to_json,
+    write_json,
+    written_atomically,
+)
 from nanosft.ranks import Dtype, flops, peak_flops
 from nanosft.shards import new_folder, verify, write_sums
 from nanosft.weights import checkpoints, newest_checkpoint
@@ -74,7 +82,7 @@ class Run:
         self.config, self.meta, self.n_steps, self.ranks = config, meta, n_steps, ranks
         shards = [shard["sha256"] for split in meta["splits"].values() for shard in split["files"]]
         self.identity = dataclasses.asdict(config) | {
-            "steps": n_steps, "data_sha256": shards, "order": order_of(config.seed),
+            "data_sha256": shards, "steps": n_steps, "order": order_of(config.seed),
             "dtype_used": ranks.dtype, "torch": str(torch.__version__), "numpy": np.__version__}
         self.out, self.done = Path(config.out), 0  # done: steps before this start
         self.opened, self.log, self.answers, self.wandb = contextlib.ExitStack(), None, None, None
@@ -134,7 +142,8 @@ class Run:
         path = self.out / name
         rows = itertools.takewhile(lambda found: found[1]["step"] <= self.done, read_log(path))
         kept = sum(len(line) for line, _ in rows)
-        file = path.open("a", buffering=1, encoding="utf-8")  # line-buffered: written at once
+        # line-buffered: written at once; a lone surrogate as JSON's escape
+        file = path.open("a", buffering=1, encoding="utf-8", errors="backslashreplace")
         file.truncate(kept)
         return self.opened.enter_context(file)
 
@@ -150,7 +159,7 @@ class Run:
                 self.answers = self.answers or self.open_log("answers.jsonl")
                 line = json.dumps({"step": step, **answer}, ensure_ascii=False)
                 self.answers.write(line + "\n")
-            self.log.write(json.dumps(row) + "\n")
+            self.log.write(to_json(row) + "\n")
         if self.wandb:
             self.wandb.log(row, step=step)
         is_shown = step in (self.done + 1, self.n_steps) or step % self.config.log_every == 0
@@ -188,11 +197,12 @@ class Run:
                              "the run")
         else:
             peak = peak_memory_gb(self.ranks.device)
-            self.ranks.print(f"done: {self.newest} (peak memory of rank 0: {peak:.2f} GB)")
+            memory = f" (peak memory of rank 0: {peak:.2f} GB)" if peak else ""
+            self.ranks.print(f"done: {self.newest}{memory}")
             loss, best = best_checkpoint(self.out)
             why = f"  # the lowest val_loss, {loss:.4f}" if best else ""
-            model = shlex.quote(str(best or self.out))
-            self.ranks.print(f"next: python chat.py --model {model}{why}")
+            chat = to_paste("chat.py", "--model", str(best or self.out))
+            self.ranks.print(f"next: {chat}{why}")
         self.ranks.finish()
         if stopped:
             sys.exit(self.ranks.stop.exit_code())
@@ -259,7 +269,7 @@ def read_state(out: str, device: torch.device) -> tuple[Path, dict]:
     version = state.get("version", 1) if isinstance(state, dict) else None
     if version != VERSION:
         raise UserError(f"--resume: {path} has format version {version}, expected {VERSION}; "
-                        f"start a new run with --init {folder}")
+                        f"start a new run with --init {shlex.quote(str(folder))}")
     return folder, state
 
 
@@ -269,7 +279,8 @@ def best_checkpoint(out: str | Path) -> tuple[float, Path | None]:
     folders = {int(folder.name[5:]): folder for folder in checkpoints(out)}
     found = [(row["val_loss"], folders[row["step"]])
              for _, row in read_log(Path(out) / "metrics.jsonl")
-             if row["step"] in folders and row.get("val_loss", math.inf) < math.inf]
+             if row["step"] in folders and row.get("val_loss") is not None
+             and row["val_loss"] < math.inf]
     return min(found, default=(math.inf, None))
 
 
@@ -291,7 +302,7 @@ def write_run_json(out: Path, run: dict) -> None:
     first one and every --resume, its command and versions."""
     path = out / "run.json"
     try:
-        starts = json.loads(path.read_text())["starts"]
+        starts = json.loads(path.read_bytes())["starts"]
     except (OSError, ValueError, KeyError):  # the first start, or a file damaged by a power loss
         starts = []
     starts.append({
@@ -310,19 +321,22 @@ def git_commit() -> str | None:
     """The commit of this code, plus `-dirty` if files differ; None without git."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True,
+                               encoding="utf-8", errors="replace")
     except OSError:
         return None
     return found.stdout.strip() or None
 
 
-def peak_memory_gb(device: torch.device) -> float:
-    """Peak memory of this process: allocated on the GPU if there is one, else resident."""
+def peak_memory_gb(device: torch.device, of: str = "RUSAGE_SELF") -> float | None:
+    """Peak memory of this process: allocated on the GPU if there is one, else resident.
+
+    of: RUSAGE_CHILDREN for the largest process that it started. None: not known on Windows."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
     try:
         import resource
     except ImportError:  # Windows
-        return math.nan
+        return None
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux kilobytes
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+    return resource.getrusage(getattr(resource, of)).ru_maxrss * unit / 1e9

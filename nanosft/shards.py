@@ -33,14 +33,14 @@ def sha256_of(path: Path) -> str:
 
 def write_sums(folder: Path, files: Iterable[Path]) -> None:
     lines = [f"{sha256_of(path)}  {path.name}\n" for path in sorted(files)]
-    (folder / SUMS).write_text("".join(lines))
+    (folder / SUMS).write_text("".join(lines), "utf-8")
 
 
 def verify(path: Path) -> Path:
     """The path. UserError if SHA256SUMS beside the file has another sum for it, or none."""
     sums = path.with_name(SUMS)  # other programs' folders have no such file
     if sums.is_file():
-        lines = sums.read_text(errors="replace").splitlines()
+        lines = sums.read_text("utf-8", errors="replace").splitlines()
         with first_on_machine(f"sha256 of {path}") as is_intact:
             if not is_intact and f"{sha256_of(path)}  {path.name}" not in lines:
                 raise UserError(f"{path}: damaged or changed, its sha256 is not in {SUMS}; use "
@@ -103,7 +103,7 @@ def write_meta(folder: Path, meta: dict) -> None:
     path, version = folder / "meta.json", VERSIONS[meta["kind"]][-1]
     with explain_write_errors(path), written_atomically(path) as tmp:
         write_json(tmp, {"version": version, **meta})  # with the sums of the shards
-        (folder / SUMS).write_text(f"{sha256_of(tmp)}  meta.json\n")
+        (folder / SUMS).write_text(f"{sha256_of(tmp)}  meta.json\n", "utf-8")
 
 
 def check_empty(out: str | Path, advice: str = "delete it or choose another folder") -> Path:
@@ -124,7 +124,9 @@ def new_folder(out: str | Path) -> Iterator[Path]:
     tmp.mkdir(parents=True)
     try:
         yield tmp
-        tmp.rename(folder)  # which may exist, but is empty
+        if folder.exists():
+            folder.rmdir()  # it is empty; on Windows a folder replaces no other
+        tmp.rename(folder)
     except BaseException:
         shutil.rmtree(tmp)
         raise

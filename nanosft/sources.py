@@ -9,7 +9,9 @@ import logging
 import multiprocessing
 import os
 import re
+import shlex
 import signal
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -56,7 +58,9 @@ def parse_source(source: str, subset: str | None = None) -> Source:
                         "none of it")
     if Path(whole).exists() or glob.has_magic(whole):
         return Source(whole, subset, "train", int(repeats), whole)
-    name, _, rest = whole.partition(":")
+    drive = re.match(r"[A-Za-z]:(?=[/\\])|", whole)[0]  # of a path on Windows
+    name, _, rest = whole.removeprefix(drive).partition(":")
+    name = drive + name
     config, _, split = rest.partition(":")
     if ":" in split or (rest and Path(name).is_file()):
         raise UserError(f"{source}: expected ID[:CONFIG[:SPLIT]]; a file has neither")
@@ -87,7 +91,8 @@ def names_in(source: Source, formats: Iterable[str]) -> list[str]:
         if source.config and source.given.startswith(f"{name}:{source.config}"):
             split = files.SPLITS.get(source.config, source.split)
             raise UserError(f"{source.given}: this folder has no configurations, which its "
-                            f"README.md would declare; name a split as {name}::{split}")
+                            "README.md would declare; name a split as "
+                            f"{shlex.quote(f'{name}::{split}')}")
         paths = files.folder_files(path, source.split, formats)
     elif glob.has_magic(name) and not path.exists():
         paths = [path for path in map(Path, sorted(glob.glob(name, recursive=True)))
@@ -96,7 +101,8 @@ def names_in(source: Source, formats: Iterable[str]) -> list[str]:
             raise UserError(f"{name}: no file matches this pattern; correct it, or write SOURCE*2 "
                             "to read a source twice")
     elif not path.exists() and not path.is_symlink():
-        if "/" in name and files.format_of(path) not in formats and name[0] not in "./~":
+        is_id = "/" in name and ":" not in name and name[0] not in "./~"
+        if is_id and files.format_of(path) not in formats:
             return [name]
         raise UserError(f"{source.given}: no such file; a dataset on the hub has an owner, as "
                         "openai/gsm8k")
@@ -303,11 +309,15 @@ def map_chunk(chunk: list[tuple], work: Callable, config) -> tuple[list, list, C
 def ordered_map(work: Callable, chunks: Iterable, workers: int, *args) -> Iterator:
     """work(chunk, *args) for each chunk, in order, on `workers` processes; few are held at once."""
     workers = min(workers, os.cpu_count() or 1)  # more would only take memory
+    if sys.platform == "win32":
+        workers = min(workers, 61)  # as many as concurrent.futures takes
     if workers == 1:
         yield from (work(chunk, *args) for chunk in chunks)
         return
-    # fork inherits the loaded vocabulary; elsewhere each process loads its own
-    context = multiprocessing.get_context("fork" if hasattr(os, "fork") else "spawn")
+    # fork inherits the loaded vocabulary. Windows has none, and macOS's libraries are not made for
+    # it (bugs.python.org/issue33725): there, each process loads its own
+    forks = hasattr(os, "fork") and sys.platform != "darwin"
+    context = multiprocessing.get_context("fork" if forks else "spawn")
     with concurrent.futures.ProcessPoolExecutor(
             workers, context, start_worker, (os.getpid(),)) as pool:
         waiting = collections.deque()

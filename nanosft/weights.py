@@ -5,6 +5,7 @@ model.py calls this. Parameter names are those of its state dict.
 
 import json
 import math
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -54,7 +55,7 @@ def find_model(name: str | Path) -> Path:
         return folder
     if checkpoint := newest_checkpoint(folder):
         return checkpoint
-    if folder.exists() or str(name).startswith((".", "/", "~")) or str(name).count("/") > 1:
+    if folder.exists() or re.search(r"^[./~]|[:\\]|/.*/", str(name)):  # in no hub id
         raise UserError(f"{name}: no model found (neither config.json nor step_* checkpoints)")
     from huggingface_hub import snapshot_download
 
@@ -162,7 +163,7 @@ def read_tensors(folder: Path, like: dict[str, Tensor], n_vocab: int) -> dict[st
         if tensor.shape != want.shape:
             raise UserError(f"{folder}: {key} has shape {tuple(tensor.shape)}, but config.json "
                             f"says {tuple(want.shape)}")
-        state[name] = tensor
+        state[name] = tensor.clone()  # of a mapped file, which Windows then could not delete
     return state
 
 

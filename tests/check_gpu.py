@@ -20,6 +20,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
+if __name__ == "__main__" and not __package__:  # run by its path: nothing below is found
+    print("error: in the project's folder, run python -m tests.check_gpu", file=sys.stderr)
+    sys.exit(2)
+
 import torch
 from annotated_types import Ge
 

@@ -10,7 +10,12 @@ without it. Prints a line for each; exit code 2 if one fails.
 
 import dataclasses
 import datetime
+import sys
 from collections.abc import Callable
+
+if __name__ == "__main__" and not __package__:  # run by its path: nothing below is found
+    print("error: in the project's folder, run python -m tests.check_nccl", file=sys.stderr)
+    sys.exit(2)
 
 import torch
 import torch.distributed as dist

@@ -20,6 +20,10 @@ import tempfile
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
+if __name__ == "__main__" and not __package__:  # run by its path: nothing below is found
+    print("error: in the project's folder, run python -m tests.check_playground", file=sys.stderr)
+    sys.exit(2)
+
 import numpy as np
 import torch
 import tyro

@@ -48,15 +48,22 @@ BYTES = get_encoding("bytes")
     ("whole", "  two\nlines \n", "two\nlines"),
     ("whole", "", None),
     ("whole", " \n", None),
-    ("gsm8k", "48/2 = 24, 48+24 = 72\n#### 72", "72"),
-    ("gsm8k", "#### 1,024,000 ", "1024000"),
-    ("gsm8k", "####-7", "-7"),
-    ("gsm8k", "#### 2.50", "2.50"),
-    ("gsm8k", "#### 1\nno, wait\n#### 2", "2"),
+    ("gsm8k", "48/2 = 24, 48+24 = 72\n#### 72", 72),
+    ("gsm8k", "#### 1,024,000 ", 1024000),
+    ("gsm8k", "####-7", -7),
+    ("gsm8k", "#### 1\nno, wait\n#### 2", 2),
     ("gsm8k", "72", None),
     ("gsm8k", "#### 72 clips", None),
     ("gsm8k", "####", None),
     ("gsm8k", "#### -", None),
+    ("gsm8k", "#### 12 13", None),
+    ("gsm8k", "#### 3*6", None),
+    ("gsm8k", "#### 2**3", None),
+    ("gsm8k", "#### 5-10", None),
+    ("gsm8k", "#### 1.2.3", None),
+    ("gsm8k", "#### 1/2", None),  # GSM8K's own rule reads 1
+    ("gsm8k", "#### 10\u00b2", None),
+    ("gsm8k", "#### .", None),
     ("answer", "<think>6*7</think> <answer>42</answer>", "42"),
     ("answer", "6*7</think>\n<answer> forty\ntwo </answer>\n", "forty\ntwo"),
     ("answer", "</think><answer></answer>", ""),
@@ -69,11 +76,39 @@ def test_extraction_by_hand(how, text, found):
     assert extract(text, how) == found
 
 
-@pytest.mark.parametrize("reference, how", [
-    ("1+1\n#### 2", "gsm8k"), ("</think><answer>2</answer>", "answer"), ("Paris", "whole"),
-    (" ", "whole")])
-def test_auto_chooses_the_extraction_that_fits_the_reference(reference, how):
-    assert extraction_for(reference) == how
+@pytest.mark.parametrize("number, spellings", [
+    ("18", ["18.", "18.0", "$18.00", "$ 18", "\\$18", "$18$", "18$", "+18", "018", "€18", "18 €",
+            "18%", "18\\%", "**18**", "**$18.00**.", "__18__", "`18`", "\\boxed{18}",
+            "$\\boxed{18}$", "\\boxed{\\$18}", "\\(18\\)", "\\[\\boxed{18.00}\\].", "1.8e1",
+            "\uff11\uff18"]),
+    ("-5", ["-$5", "$-5", "- 5", "\u22125", "\u2212$5.00", "**-5**", "\\boxed{-5}", "\uff0d5"]),
+    ("0.5", ["0.50", ".5", "$.50", "00.5", "5e-1"]),
+    ("1234", ["1,234", "$1,234.00", "1,234."]),
+    ("0", ["-0", "0.0", "$0"]),
+])
+def test_spellings_of_one_number_are_equal_and_other_numbers_are_not(number, spellings):
+    reference = f"so\n#### {number}"
+    for spelling in spellings:
+        found = score(Answer(f"so\n#### {spelling}", 9, True), reference, "gsm8k")
+        assert found["right"], spelling
+    for other in ("18.01", "17.99", "-18", "5", "0.05", "1.234", "12.34", "180", "1"):
+        assert not score(Answer(f"#### {other}", 9, True), reference, "gsm8k")["right"]
+
+
+def test_numbers_of_any_length_are_compared_exactly():
+    long = "123456789" * 1000
+    assert extract(f"#### {long}", "gsm8k") == int(extract(f"#### {long}.00", "gsm8k"))
+    assert extract(f"#### {long}1", "gsm8k") != extract(f"#### {long}2", "gsm8k")
+    assert extract(f"#### -{long}1", "gsm8k") != extract(f"#### -{long}2", "gsm8k")
+    assert extract("####" + " *" * 20_000, "gsm8k") is None  # in linear time
+
+
+@pytest.mark.parametrize("references, how", [
+    (["1+1\n#### 2"], "gsm8k"), (["</think><answer>2</answer>"], "answer"), (["Paris"], "whole"),
+    ([" "], "whole"), (["#### 2", "#### 3"], "gsm8k"), (["#### 2", "Paris"], "whole"),
+    (["Paris", "#### 2"], "whole"), (["</think><answer>2</answer>", "#### 2"], "whole")])
+def test_auto_chooses_the_extraction_that_fits_all_references(references, how):
+    assert extraction_for(references) == how
 
 
 @pytest.mark.parametrize("text, stopped, right, formed", [
@@ -197,6 +232,13 @@ def test_model_that_memorized_two_rows_answers_both(learned, ask, tmp_path):
     assert all(row["right"] and row["stopped"] for row in saved)
 
 
+def test_text_that_utf8_does_not_have_is_saved_as_an_escape(ask, jsonl, tmp_path):
+    rows = [{"prompt": "a \ud800", "response": "7!"}]
+    assert ask(evaluate, "--data", jsonl("rows.jsonl", rows), "--save", tmp_path / "a").code == 0
+    (saved,) = (tmp_path / "a").read_text("utf-8").splitlines()
+    assert json.loads(saved)["messages"][0]["content"] == "a \ud800"
+
+
 def test_loss_is_that_of_the_references_given_their_prompts(learned):
     """For a model with random weights, too; its loss is worked out here row by row."""
     save_tiny_model(learned / "fresh", block_size=64)
@@ -208,6 +250,18 @@ def test_loss_is_that_of_the_references_given_their_prompts(learned):
     found = evaluate_rows(learned / "fresh", learned / "rows.jsonl", max_new_tokens=2)
     assert found["val_loss"] == pytest.approx(torch.stack(nll).mean().item(), rel=1e-5)
     assert len(nll) == 3 + 11
+
+
+def test_model_without_chat_tokens_is_judged_with_its_own_end_token(tmp_path, jsonl):
+    save_tiny_model(tmp_path / "base", template=None, block_size=64, n_vocab=257)
+    model, nll = GPT.from_pretrained(tmp_path / "base"), []
+    for question, answer in QUESTIONS.items():
+        prompt = render_prompt(BYTES, [{"role": "user", "content": question}])
+        ids = [*prompt, *answer.encode(), 256]
+        logp = model(torch.tensor([ids[:-1]]))[0].log_softmax(-1)
+        nll += [-logp[i, ids[i + 1]] for i in range(len(prompt) - 1, len(ids) - 1)]
+    found = evaluate_rows(tmp_path / "base", jsonl("rows.jsonl", ROWS), max_new_tokens=2)
+    assert found["val_loss"] == pytest.approx(torch.stack(nll).mean().item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("template, end", [("chat", 260), ("alpaca", 256), ("raw", 256)])

@@ -201,7 +201,7 @@ def test_next_command_trains_on_the_folder_although_its_name_has_a_space(jsonl, 
     printed = command(fineweb, "--source", source, "--encoding", "bytes", "--val_tokens", 0,
                       "--workers", 1, "--out", "my text").out
     _, _, *words = shlex.split(printed.splitlines()[-1])
-    assert words[:3] == ["--standalone", "--nproc_per_node=1", "train_gpt2.py"]
+    assert words[:3] == ["--standalone", "--nproc_per_node=1", train_gpt2.__file__]
     tiny = ["--n_layer", 1, "--n_head", 1, "--n_embd", 8, "--block_size", 8, "--batch_size", 2,
             "--rows_per_step", 2, "--max_steps", 1, "--device", "cpu"]
     assert command(train_gpt2, *words[3:], *tiny).code == 0

@@ -25,7 +25,7 @@ import train_gpt2
 import train_sft
 from model import GPT
 from nanosft.checks import bad_examples
-from nanosft.errors import UserError
+from nanosft.errors import UserError, to_json
 from nanosft.ranks import Ranks
 from nanosft.run import best_checkpoint
 from nanosft.weights import newest_checkpoint
@@ -217,6 +217,23 @@ def test_keep_never_deletes_the_lowest_val_loss_and_the_last_line_names_it(tmp_p
     assert sorted(p.name for p in (tmp_path / "out").glob("step_*")) == [best.name, "step_000004"]
     last = printed.splitlines()[-1]
     assert last == f"next: python chat.py --model {best}  # the lowest val_loss, 1.2500"
+
+
+def test_json_has_null_where_a_number_is_not_finite():
+    row = {"a": math.inf, "b": [-math.inf, {"c": math.nan}], "d": 1.5, "e": "Infinity", "f": 2**70}
+    assert json.loads(to_json(row), parse_constant=pytest.fail) == {
+        "a": None, "b": [None, {"c": None}], "d": 1.5, "e": "Infinity", "f": 2**70}
+
+
+def test_metrics_of_an_evaluation_that_is_not_finite_are_json(tmp_path, monkeypatch):
+    """Training goes on: only the validation split has such an example."""
+    data = sft_folder(tmp_path / "data", train=random_examples(4), val=random_examples(2))
+    monkeypatch.setattr(train_gpt2, "evaluate", lambda *args: {"val_loss": math.inf})
+    fine_tune(data, tmp_path / "out", max_steps=2)
+    lines = (tmp_path / "out/metrics.jsonl").read_text("utf-8").splitlines()
+    last = json.loads(lines[-1], parse_constant=pytest.fail)
+    assert last["val_loss"] is None and last["loss"] > 0
+    assert best_checkpoint(tmp_path / "out") == (math.inf, None)
 
 
 def test_best_checkpoint_knows_nan_half_a_line_and_deleted_checkpoints(tmp_path):

@@ -68,6 +68,13 @@ def test_merges_by_hand():
     assert recover_merges(ranks) == [(b"b", b"c"), (b"a", b"b"), (b"a", b"bc")]
 
 
+def test_merges_are_strings_as_versions_before_tokenizers_0_20_read_them():
+    model = json.loads(tokenizer_json(get_encoding("gpt2"), 50257))["model"]
+    pairs = [merge.split(" ") for merge in model["merges"]]
+    assert len(pairs) == 50000 and pairs[0] == ["Ġ", "t"]
+    assert all(len(pair) == 2 and "".join(pair) in model["vocab"] for pair in pairs)
+
+
 def test_each_special_is_one_token_and_bytes_have_no_merges():
     found = json.loads(tokenizer_json(get_encoding("bytes"), 261))
     assert (found["model"]["merges"], len(found["model"]["vocab"])) == ([], 256)
@@ -143,6 +150,9 @@ def test_other_templates_equal_the_renderer_where_no_merge_crosses(template, cas
     ("chat", [assistant("a")], "the order is: system"),
     ("raw", [user("a"), {"role": "tool", "content": "b"}], "the order is: system"),
     ("chat", [user([{"type": "text", "text": "a"}])], "must be a string"),
+    ("raw", [user("a"), assistant([{"type": "text", "text": "b"}])], "must be a string"),
+    ("chat", [user("a"), assistant("", tool_calls=[{"function": {"name": "f"}}])], "tool_calls"),
+    ("raw", [user("a"), assistant("b", reasoning_content="c")], "reasoning_content"),
     ("alpaca", [user("a"), assistant("b"), user("c")], "one user message and one answer"),
     ("alpaca", [{"role": "system", "content": "s"}, user("a")], "one user message and one answer"),
 ])
@@ -150,6 +160,19 @@ def test_chat_that_the_renderer_refuses_is_refused_by_the_template(
         template, messages, reason, opened):
     with pytest.raises(Exception, match=reason):
         opened("bytes", template)[1].apply_chat_template(messages)
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("more", ["tools", "documents"])
+def test_tools_and_documents_are_refused_and_none_of_them_is_nothing(more, template, opened):
+    tokenizer = opened("bytes", template)[1]
+    given = {"tools": [{"type": "function", "function": {"name": "add", "parameters": {}}}],
+             "documents": [{"title": "a", "text": "b"}]}[more]
+    with pytest.raises(Exception, match="not trained with tools or documents; pass none"):
+        tokenizer.apply_chat_template([user("a")], **{more: given})
+    plain = tokenizer.apply_chat_template([user("a")])["input_ids"]
+    for nothing in (None, []):
+        assert tokenizer.apply_chat_template([user("a")], **{more: nothing})["input_ids"] == plain
 
 
 @pytest.mark.parametrize("name", ENCODINGS)

@@ -16,6 +16,15 @@ def write_run(folder, n_steps: int) -> str:
     return str(folder / "metrics.jsonl")
 
 
+def test_pattern_that_no_shell_expanded_is_several_runs(tmp_path, command, monkeypatch):
+    for name in "ab":
+        write_run(tmp_path / name, 3)
+    drawn, draw = [], plot.draw
+    monkeypatch.setattr(plot, "draw", lambda *args: drawn.append(args[1:3]) or draw(*args))
+    command(plot, tmp_path / "*/metrics.jsonl", "--out", tmp_path / "loss.png")
+    assert [(len(rows), name) for rows, name in drawn] == [(3, "a"), (3, "b")]
+
+
 def test_two_runs_make_one_png(tmp_path, command):
     out = tmp_path / "loss.png"
     runs = write_run(tmp_path / "a", 3), write_run(tmp_path / "b", 1)

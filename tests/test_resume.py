@@ -175,9 +175,31 @@ SFT_MUST_NOT_CHANGE = {"layout": "fit", "isolate": False, "loss_on": "all", "ove
                          [(kind, *item) for kind in RUNS for item in MUST_NOT_CHANGE.items()]
                          + [("sft", *item) for item in SFT_MUST_NOT_CHANGE.items()])
 def test_resume_refuses_flags_of_another_run(kind, key, value, data, whole):
-    name = "steps" if key in ("epochs", "max_steps") else key
-    with pytest.raises(UserError, match=rf"--resume: {name} is .*, but .*; use the run's own"):
+    line = f"--resume: {key} is .*, but .*; use the run's own"
+    if key in ("epochs", "max_steps"):
+        line = f"--resume: --{key} {value} means . steps, but .* planned for 9; "
+    with pytest.raises(UserError, match=line):
         RUNS[kind](data[kind], whole[kind], resume=True, **(FLAGS[kind] | {key: value}))
+
+
+@pytest.mark.parametrize("flag", ["epochs", "max_steps"])
+def test_longer_run_is_another_one_that_starts_from_the_weights_of_the_first(
+        flag, data, whole, tmp_path, command):
+    """The advice names the flag that was passed; both of its ways work."""
+    first, new = shutil.copytree(whole["sft"], tmp_path / "the run"), tmp_path / "new"
+    flags = tiny_flags(FLAGS["sft"])
+    words = [word for name, value in flags.items() for word in (f"--{name}", value)]
+    run = [train_sft, "--data", data["sft"], "--out", first, "--resume"]
+    error = command(*run, *words, f"--{flag}", 12).err
+    assert f" --{flag} 12 means " in error and "; use --max_steps 9 or, " in error
+    assert f"--init '{first}', a new --out and no --n_layer, --n_head, --n_embd\n" in error
+    finished = command(*run, *words, f"--{flag}", 12, "--max_steps", 9)
+    assert "is finished: step 9 of 9" in finished.out
+    words = [word for name, value in flags.items() if name[:2] != "n_" and name != "init"
+             for word in (f"--{name}", value)]
+    done = command(train_sft, "--data", data["sft"], "--init", first, "--out", new, *words,
+                   f"--{flag}", 12)
+    assert done.code == 0 and checkpoints_in(new)
 
 
 def test_each_flag_either_may_change_or_is_tested_to_be_refused():

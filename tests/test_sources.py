@@ -484,6 +484,9 @@ def test_rows_are_rejected_for_few_reasons_however_their_values_differ():
     ("HuggingFaceH4/ultrachat_200k::train_sft*2",
      ("HuggingFaceH4/ultrachat_200k", None, "train_sft", 2)),
     ("a.jsonl*4", ("a.jsonl", None, "train", 4)),
+    ("D:/data/a.jsonl*4", ("D:/data/a.jsonl", None, "train", 4)),
+    ("d:\\data::val", ("d:\\data", None, "val", 1)),
+    ("D:/data:main:test", ("D:/data", "main", "test", 1)),
 ])
 def test_source_has_a_name_a_configuration_a_split_and_repeats(source, parts):
     assert parse_source(source)[:4] == parts

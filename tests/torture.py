@@ -19,6 +19,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+if __name__ == "__main__" and not __package__:  # run by its path: nothing below is found
+    print("error: in the project's folder, run bash runs/torture.sh", file=sys.stderr)
+    sys.exit(2)
+
 import numpy as np
 import torch
 from helpers_processes import children_of, is_alive

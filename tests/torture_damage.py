@@ -17,6 +17,10 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+if __name__ == "__main__" and not __package__:  # run by its path: nothing below is found
+    print("error: in the project's folder, run python -m tests.torture_damage", file=sys.stderr)
+    sys.exit(2)
+
 import torch
 
 from answer import load_assistant

@@ -16,9 +16,14 @@ import io
 import re
 import shlex
 import shutil
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
+
+if __name__ == "__main__" and not __package__:  # run by its path: nothing below is found
+    print("error: in the project's folder, run python -m tools.ablations", file=sys.stderr)
+    sys.exit(2)
 
 import numpy as np
 import torch
@@ -67,7 +72,7 @@ class Variant(NamedTuple):
 
 def lesson_config(lesson: Path, seed: int) -> train_sft.Config:
     """The fine-tuning flags of runs/lesson.sh, read from it so that they cannot differ."""
-    script = (Path(__file__).parents[1] / "runs/lesson.sh").read_text().replace("\\\n", " ")
+    script = (Path(__file__).parents[1] / "runs/lesson.sh").read_text("utf-8").replace("\\\n", " ")
     common = re.search(r"^common=\((.*)\)$", script, re.M)[1]
     flags = re.search(r"train_sft\.py (--.*)$", script, re.M)[1]
     flags = flags.replace('"${common[@]}"', common).replace("$SEED", str(seed))
@@ -277,7 +282,7 @@ def main(config: Config) -> None:
         answer = results[0]["answer"][:24]
         lines.append(table_line(variant.name, str(len(seeds)), *cells, f"`{answer!r}`"))
         print(lines[-1], flush=True)
-    (root / f"{config.experiment}.md").write_text("\n".join(lines) + "\n")
+    (root / f"{config.experiment}.md").write_text("\n".join(lines) + "\n", "utf-8")
 
 
 if __name__ == "__main__":

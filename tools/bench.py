@@ -17,15 +17,17 @@ Random examples with GSM8K's lengths; each line in its own process. `limit` is a
 
 import dataclasses
 import functools
-import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
 import time
 import tracemalloc
 from pathlib import Path
+
+if __name__ == "__main__" and not __package__:  # run by its path: nothing below is found
+    print("error: in the project's folder, run python -m tools.bench", file=sys.stderr)
+    sys.exit(2)
 
 import torch
 
@@ -34,7 +36,8 @@ import train_sft
 from model import GPT, GPTConfig
 from nanosft import fast
 from nanosft.cli import run_cli
-from nanosft.errors import UserError, require_choice
+from nanosft.errors import UserError, require_choice, to_json
+from nanosft.run import peak_memory_gb
 from nanosft.weights import pad_vocab
 from packing import LAYOUTS, Plan
 from tokenizer import get_encoding
@@ -152,7 +155,7 @@ def measure_startup(config: Config, path: str) -> dict:
         flags |= {"data": data, "out": f"{data}/out", "init": "scratch"}
         words = [sys.executable, train_sft.__file__, *(f"--{k}={v}" for k, v in flags.items())]
         clock = time.perf_counter()
-        with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as run:
+        with subprocess.Popen(words, stdout=subprocess.PIPE, encoding="utf-8") as run:
             started = any(line.startswith("start") for line in run.stdout)
             seconds = time.perf_counter() - clock
             run.kill()
@@ -166,7 +169,7 @@ def measure_preparation(config: Config, path: str, rows: int) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         texts = workload.random_jsonl(Path(folder, "rows.jsonl"), ROWS)
         seconds, tokens = workload.prepare(f"{folder}/rows.jsonl*{rows // ROWS}", f"{folder}/out")
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6  # of its largest process
+    peak = peak_memory_gb(torch.device("cpu"), "RUSAGE_CHILDREN")  # of its largest process
     encode, clock = get_encoding("gpt2").encode_ordinary_batch, time.perf_counter()
     n_ids = sum(map(len, encode(texts, num_threads=os.cpu_count())))
     rate, bare = tokens / seconds, n_ids / (time.perf_counter() - clock)
@@ -202,7 +205,8 @@ def setting_of(job: dict) -> str:
 
 
 def line_of(job: dict, result: dict) -> str:
-    cells = [format(result[key], form) if key in result else "-" for key, form in COLUMNS.items()]
+    cells = ["-" if result.get(key) is None else format(result[key], form)
+             for key, form in COLUMNS.items()]
     notes = [f"  {key} {result[key]:.3g}" for key in NOTES if key in result]
     return f"{job['path']:8} {setting_of(job):27}" + "".join([f"{c:>11}" for c in cells] + notes)
 
@@ -225,8 +229,8 @@ def main(config: Config) -> None:
         raise UserError(machine["error"])
     print(*(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in machine.items()))
     print(HEAD)
-    with open(config.json or os.devnull, "a") as log:
-        print(json.dumps({"path": "machine"} | machine), file=log)
+    with open(config.json or os.devnull, "a", encoding="utf-8") as log:
+        print(to_json({"path": "machine"} | machine), file=log)
         for job in jobs_of(config, machine["dtype"]):
             result = measure(config, job)
             for rate in machine.keys() & result.keys():
@@ -234,7 +238,7 @@ def main(config: Config) -> None:
                 result[share] = result[rate] / machine[rate]
             line, profile = line_of(job, result), result.pop("profile", "")
             print(line, result.get("error", ""), profile, flush=True)
-            print(json.dumps(job | result), file=log, flush=True)
+            print(to_json(job | result), file=log, flush=True)
             failed += [f"{job['path']} {setting_of(job)}".strip()] if "error" in result else []
     if failed:
         raise UserError(f"failed, with the reason in the table: {', '.join(failed)}")

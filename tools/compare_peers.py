@@ -26,14 +26,18 @@ import dataclasses
 import functools
 import importlib.util
 import itertools
-import json
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
+
+if __name__ == "__main__" and not __package__:  # run by its path: nothing below is found
+    print("error: in the project's folder, run python -m tools.compare_peers", file=sys.stderr)
+    sys.exit(2)
 
 import numpy as np
 import torch
@@ -46,7 +50,7 @@ from answer import save_model
 from model import GPT, IGNORE_INDEX, GPTConfig, attention_for
 from nanosft import fast
 from nanosft.cli import run_cli
-from nanosft.errors import UserError, require_choice
+from nanosft.errors import UserError, require_choice, to_json
 from nanosft.ranks import Ranks
 from nanosft.run import peak_memory_gb
 from nanosft.shards import Shards, ShardWriter, find_examples, write_meta
@@ -346,7 +350,7 @@ def measure(config: Config, job: Job) -> dict:
     functions = {"data": make_data, "generate": generate}
     function = functions.get(job.what, contenders.get(job.who, train_full_logits))
     quiet, silent = contextlib.redirect_stdout, contextlib.redirect_stderr
-    with open(os.devnull, "w") as null, quiet(null), silent(null):
+    with open(os.devnull, "w", encoding="utf-8") as null, quiet(null), silent(null):
         return function(config, job)
 
 
@@ -360,7 +364,7 @@ def compare(config: Config, what: str, folder: str, log) -> None:
             if not theirs or "error" not in theirs[-1]:
                 theirs.append(in_its_own_process(measure, config, Job(what, who, folder)))
                 entry = {"what": what, "who": who, "repeat": repeat, **theirs[-1]}
-                print(json.dumps(entry), file=log, flush=True)
+                print(to_json(entry), file=log, flush=True)
             if repeat == config.repeats - 1:
                 print(f"  {who:18}" + line_of(theirs, results["nanosft"]), flush=True)
 
@@ -369,7 +373,7 @@ def line_of(theirs: list[dict], ours: list[dict]) -> str:
     if "error" in theirs[-1]:
         return f"  left out: {theirs[-1]['error']}"
     line = ""
-    for key in (key for key in theirs[0] if key not in HIDDEN):
+    for key in (key for key, value in theirs[0].items() if value is not None and key not in HIDDEN):
         values = [result[key] for result in theirs]
         low, middle, high = (f(values) for f in (min, statistics.median, max))
         n = 0 if middle >= 100 or isinstance(middle, int) else 3
@@ -385,7 +389,8 @@ def main(config: Config) -> None:
         for name in getattr(config, flag).split(","):
             require_choice(flag, name, choices)
     config = dataclasses.replace(config, **QUICK if config.quick else {})
-    with tempfile.TemporaryDirectory() as folder, open(config.json or os.devnull, "a") as log:
+    with (tempfile.TemporaryDirectory() as folder,
+          open(config.json or os.devnull, "a", encoding="utf-8") as log):
         data = in_its_own_process(measure, config, Job("data", "nanosft", folder))
         if "error" in data:
             raise UserError(data["error"])

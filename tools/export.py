@@ -8,7 +8,12 @@ thirds of its size, and can halve the rest. nanosft/hf_tokenizer.py says what th
 
 import dataclasses
 import shutil
+import sys
 from typing import Literal
+
+if __name__ == "__main__" and not __package__:  # run by its path: nothing below is found
+    print("error: in the project's folder, run python -m tools.export", file=sys.stderr)
+    sys.exit(2)
 
 import torch
 

@@ -7,15 +7,19 @@ Reads the answers that evaluate.py and train_sft.py saved; runs no model.
 
 import dataclasses
 import html
-import json
 import re
+import sys
 from pathlib import Path
 from typing import Annotated
+
+if __name__ == "__main__" and not __package__:  # run by its path: nothing below is found
+    print("error: in the project's folder, run python -m tools.lesson", file=sys.stderr)
+    sys.exit(2)
 
 import tyro
 
 from nanosft.cli import run_cli
-from nanosft.errors import UserError
+from nanosft.errors import UserError, write_json
 from nanosft.sources import read_rows
 
 FORMAT = re.compile(r"\d+[-+*]\d+=\d+\.")  # 2+4=6.
@@ -162,8 +166,8 @@ def main(config: Config) -> None:
     if not (folder / "answers/sft_own_words.jsonl").is_file():
         raise UserError(f"{folder}: not a finished lesson; make one with runs/lesson.sh")
     table, rows = results(folder), sides(folder)
-    (folder / "results.json").write_text(json.dumps(table, indent=1) + "\n")
-    (folder / "before_after.svg").write_text(picture(rows))
+    write_json(folder / "results.json", table)
+    (folder / "before_after.svg").write_text(picture(rows), "utf-8")
     draw_moment(folder)
     print(f"{'held-out question':19} {'base continues':40} fine-tuned")
     for question, before, after in rows:

@@ -12,7 +12,12 @@ Only for small models with the `bytes` encoding: the page is limited to 16 MB.
 import base64
 import dataclasses
 import itertools
+import sys
 from pathlib import Path
+
+if __name__ == "__main__" and not __package__:  # run by its path: nothing below is found
+    print("error: in the project's folder, run python -m tools.playground", file=sys.stderr)
+    sys.exit(2)
 
 import numpy as np
 import torch

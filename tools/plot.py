@@ -6,14 +6,19 @@ The faint line is every step, the strong line their running mean; dots are the v
 """
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Annotated
+
+if __name__ == "__main__" and not __package__:  # run by its path: nothing below is found
+    print("error: in the project's folder, run python -m tools.plot", file=sys.stderr)
+    sys.exit(2)
 
 import tyro
 
 from nanosft.cli import run_cli
 from nanosft.errors import UserError
-from nanosft.sources import read_rows
+from nanosft.sources import find_sources, read_rows
 
 PANELS = {"loss": "loss (nats per token)", "lr": "learning rate", "grad_norm": "gradient norm"}
 KEYS = ("step", *PANELS)
@@ -66,7 +71,8 @@ def draw(axes, rows: list[dict], name: str, color: str) -> None:
 
 
 def main(config: Config) -> None:
-    runs = [(Path(path).resolve().parent.name, read_run(path)) for path in config.metrics]
+    paths = [source.name for source in find_sources(config.metrics)]
+    runs = [(Path(path).resolve().parent.name, read_run(path)) for path in paths]
     if not runs:
         raise UserError("give at least one metrics.jsonl")
     import matplotlib

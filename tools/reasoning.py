@@ -16,9 +16,14 @@ import json
 import multiprocessing
 import re
 import shutil
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, NamedTuple
+
+if __name__ == "__main__" and not __package__:  # run by its path: nothing below is found
+    print("error: in the project's folder, run python -m tools.reasoning", file=sys.stderr)
+    sys.exit(2)
 
 import numpy as np
 import torch
@@ -29,7 +34,7 @@ import evaluate
 import sft_data
 import train_sft
 from nanosft.cli import run_cli
-from nanosft.errors import UserError
+from nanosft.errors import UserError, write_json
 from nanosft.sources import read_rows
 
 STYLES = {"direct": "cot", "cot": "direct"}  # column with the answer: the column to ignore
@@ -241,8 +246,8 @@ def main(config: Config) -> None:
     for name in ("sft_shards", "runs", "answers"):
         shutil.rmtree(root / name, ignore_errors=True)
     results = run_all(config)
-    (root / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    (root / "table.md").write_text(table(results))
+    write_json(root / "results.json", results)
+    (root / "table.md").write_text(table(results), "utf-8")
     draw(root / "reasoning.png", results, config.sizes)
     print("\n" + table(results) + f"\n{root / 'reasoning.png'}")
 

@@ -11,10 +11,14 @@ decoding reverses exactly, over the steps.
 """
 
 import dataclasses
-import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
+
+if __name__ == "__main__" and not __package__:  # run by its path: nothing below is found
+    print("error: in the project's folder, run python -m tools.reversal", file=sys.stderr)
+    sys.exit(2)
 
 import numpy as np
 import torch
@@ -24,6 +28,7 @@ from torch import Tensor
 from model import GPT, GPTConfig
 from nanosft import fast
 from nanosft.cli import run_cli
+from nanosft.errors import to_json
 from nanosft.weights import pad_vocab
 from train_gpt2 import MicroBatch, Ranks, get_lr, make_optimizer, train_step
 from train_sft import Config as SFTConfig, forward_sft
@@ -273,8 +278,8 @@ def main(config: Config) -> None:
                     for seed, result in zip(config.seeds, results)]
         lines.append(f"| {setting} | {prompt_bits(run):.1f} | {label} | {cells(results)} |")
         print(lines[-1], flush=True)
-    (out / "reversal.md").write_text("\n".join(lines) + "\n")
-    (out / "reversal.json").write_text(json.dumps(records))
+    (out / "reversal.md").write_text("\n".join(lines) + "\n", "utf-8")
+    (out / "reversal.json").write_text(to_json(records), "utf-8")
     draw([curve for curve in curves if curve[1].startswith("mask")], out / "reversal.png")
 
 

@@ -16,12 +16,16 @@ import contextlib
 import dataclasses
 import io
 import itertools
-import json
 import math
 import random
 import shutil
+import sys
 from collections.abc import Iterable
 from pathlib import Path
+
+if __name__ == "__main__" and not __package__:  # run by its path: nothing below is found
+    print("error: in the project's folder, run python -m tools.variety", file=sys.stderr)
+    sys.exit(2)
 
 import numpy as np
 import torch
@@ -35,6 +39,7 @@ from answer import tokenize_prompt_and_output
 from data.worksheet import Item, notes, worksheet, write_rows
 from model import GPT
 from nanosft.cli import run_cli
+from nanosft.errors import write_json
 from tokenizer import get_encoding, render_prompt
 
 ENCODING = get_encoding("bytes")
@@ -163,7 +168,7 @@ def main(config: Config) -> None:
     torch.set_num_threads(1)
     shutil.rmtree(config.out, ignore_errors=True)
     results = flat(run_seed(config, seed) for seed in config.seeds)
-    (Path(config.out) / "variety.json").write_text(json.dumps(results, indent=1) + "\n")
+    write_json(Path(config.out) / "variety.json", results)
     print(table(results, (0, 40, 100, config.steps)))
 
 

@@ -103,7 +103,8 @@ def random_jsonl(path: Path, n_rows: int) -> list[str]:
     rng, sizes = np.random.default_rng(1), np.outer(random_lengths(n_rows), [1 - TRAINED, TRAINED])
     texts = [" ".join(rng.choice(WORDS.split(), int(n) + 1)) for n in sizes.flat]
     rows = zip(texts[::2], texts[1::2])
-    path.write_text("".join(json.dumps({"question": q, "answer": a}) + "\n" for q, a in rows))
+    path.write_text("".join(json.dumps({"question": q, "answer": a}) + "\n" for q, a in rows),
+                    "utf-8")
     return texts
 
 
@@ -315,7 +316,7 @@ def versions(cuda: bool) -> dict:
     found = {"commit": git_commit(), "torch": torch.__version__}
     if cuda:
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        driver = subprocess.run(query, capture_output=True, text=True).stdout.split()
+        driver = subprocess.run(query, capture_output=True, encoding="utf-8").stdout.split()
         found |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(),
                   "driver": driver[0] if driver else None}
     return found
