@@ -23,7 +23,7 @@ from helpers_training import save_tiny_model, tiny_model
 from model import GPT
 from tokenizer import ALPACA, get_encoding, render_prompt
 from tools import playground
-from tools.playground import PAGE, choose_steps, template_around
+from tools.playground import NETWORK, PAGE, choose_steps, template_around
 
 HOSTILE = "</script><img src=x onerror=alert(1)><|end|>&amp;__DATA__"
 END = 260  # <|end|> of the `bytes` encoding
@@ -117,14 +117,15 @@ def test_template_surrounds_the_question_as_render_prompt_does(template, before)
 
 def test_text_of_the_questions_stays_text(models, page):
     path = page(models(), {"question": HOSTILE, "about": "<b>", "as": "text", "answer": "unused"})
-    n_tags = PAGE.read_text("utf-8").count("<") + 2 * 4  # 4 models, a tag before and after each
+    own = PAGE.read_text("utf-8") + NETWORK.read_text("utf-8")
+    n_tags = own.count("<") + 2 * 4  # 4 models, a tag before and after each
     assert path.read_text("utf-8").count("<") == n_tags
     assert data_in(path)["questions"] == [{"question": HOSTILE, "about": "<b>", "as": "text"}]
 
 
 def test_page_loads_nothing():
     """No address in it; and its policy forbids the browser to load any."""
-    text = PAGE.read_text("utf-8")
+    text = PAGE.read_text("utf-8") + NETWORK.read_text("utf-8")
     assert not re.search(r"https?:|//\w+\.|\bsrc=|\bhref=|url\(|@import|fetch\(|import\(", text)
     assert "default-src 'none'" in text
 

@@ -26,7 +26,7 @@ from nanosft.viewer import save_page
 from nanosft.weights import checkpoints, find_model, read_config
 from tokenizer import SPECIALS, render_prompt, stop_ids
 
-PAGE = Path(__file__).with_suffix(".html")
+PAGE, NETWORK = Path(__file__).with_suffix(".html"), Path(__file__).with_name("gpt.js")
 MAX_BYTES = 16_000_000  # per page: it opens at once in a browser and fits in an email
 BETWEEN = 6  # checkpoints between the base model and the last one
 
@@ -172,11 +172,17 @@ def check_size(model: GPT, n_models: int) -> None:
 # ----- the page ----------------------------------------------------------------------------------
 
 
-def main(config: Config) -> None:
-    data, weights = page_data(config)
+def save_models(flag: str, path: str, page: Path, data: dict, weights: list[str]) -> int:
+    """Write a page that runs models: its data, the network in JavaScript, and the weights."""
     lines = (f'<script type="text/plain" data-weights="{i}">{text}</script>'
              for i, text in enumerate(weights))
-    size = save_page("--out", config.out, PAGE, data, "\n".join(lines))
+    return save_page(flag, path, page, data, GPT_JS=NETWORK.read_text("utf-8"),
+                     WEIGHTS="\n".join(lines))
+
+
+def main(config: Config) -> None:
+    data, weights = page_data(config)
+    size = save_models("--out", config.out, PAGE, data, weights)
     steps = ", ".join(str(checkpoint["step"]) for checkpoint in data["checkpoints"][1:])
     print(f"{config.out}: {size / 1e6:.1f} MB, the base model and steps {steps}; open it "
           "in a browser")
