@@ -86,7 +86,7 @@ def page(finished, command, tmp_path) -> Path:
 # ----- what the page holds -----------------------------------------------------------------------
 
 
-def test_gradient_is_exactly_0_on_the_prompt_only_where_no_later_column_reads():
+def test_gradient_is_0_on_the_prompt_only_where_no_column_reads():
     ids, weights = chat_example("What is 2+2?", "2+2=4.")
     model, P = tiny_model(block_size=64, n_layer=3), weights.index(100)
     *inputs, output, logits = gradient_norms(model, {"ids": ids, "weights": weights})
@@ -111,10 +111,10 @@ def test_marks_of_a_family_are_all_of_its_single_tokens():
 
 
 def test_sections_name_code_and_tests_that_exist():
-    named = re.findall(r'data-(?:code|test)="([^:"]+): (\w+)"', PAGE.read_text("utf-8"))
+    named = re.findall(r'data-(code|test)="([^:"]+): (\w+)"', PAGE.read_text("utf-8"))
     assert len(named) == 2 * 10
-    for path, name in named:
-        assert f"def {name}(" in (ROOT / path).read_text()
+    for kind, path, name in named:
+        assert f"def {name}(" in (ROOT / ("tests" if kind == "test" else ".") / path).read_text()
 
 
 def test_page_has_as_many_checkpoints_as_fit(finished, command, tmp_path, monkeypatch):

@@ -1,6 +1,6 @@
-// GPT-2 in plain JavaScript, for the pages of `tools.playground` and `tools.lesson_page`: Python puts
-// this file into both. A page has its settings in the script element "data" and each model's weights
-// in an element of their own.
+// GPT-2 in plain JavaScript, for the pages of `tools.playground` and `tools.lesson_page`: Python
+// puts this file into both. A page has its settings in the script element "data" and each model's
+// weights in an element of their own.
 "use strict";
 const $ = (selector, parent = document) => parent.querySelector(selector);
 const DATA = JSON.parse($("#data").textContent);
