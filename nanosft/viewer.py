@@ -247,9 +247,14 @@ def page_layouts(view: View, n: int, openers: dict[str, Callable]) -> dict:
     return shown
 
 
-def save_page(flag: str, path: str, template: Path, data: dict, weights: str = "") -> int:
-    """Fill in a template, write it atomically, return its size. `<` is escaped: text stays text."""
-    path, page = Path(path), template.read_text("utf-8").replace("__WEIGHTS__", weights)
+def save_page(flag: str, path: str, template: Path, data: dict, **parts: str) -> int:
+    """Fill in a template, write it atomically, return its size. `<` is escaped: text stays text.
+
+    parts: NAME=text that replaces __NAME__, as it is.
+    """
+    path, page = Path(path), template.read_text("utf-8")
+    for name, text in parts.items():
+        page = page.replace(f"__{name}__", text)
     if path.is_dir():
         raise UserError(f"{flag} {path} is a folder; name a file in it")
     if not path.parent.is_dir():

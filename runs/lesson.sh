@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The lesson, on a CPU in under three minutes: a model knows the answers but does not give them;
+# The lesson, on two CPU cores in at most 200 seconds: a model knows the answers but does not give them;
 # fine-tuning on half of the questions makes it answer the other half, too.
 #
 #     bash runs/lesson.sh                       # into out/lesson, which it replaces
@@ -20,6 +20,8 @@ rm -rf "$OUT"
 say() { printf '\n# %s\n' "$1"; }
 run() { printf '$ %s\n' "$*"; "$@"; }
 common=(--device cpu --seed "$SEED" --block_size 48 --log_every 100)
+tuning=(--layout fit --batch_size 4 --rows_per_step 8 --max_steps 200 --learning_rate 3e-4 \
+    --warmup_steps 10)
 asked=(--batch_size 128 --device cpu)
 START=$SECONDS
 
@@ -57,8 +59,7 @@ say "Fine-tuning: the same loop on those chats; learn P(response | prompt)."
 # two processes, one thread each; otherwise they compete for the two cores
 run env OMP_NUM_THREADS=1 torchrun --standalone --nproc_per_node=2 \
     train_sft.py --data "$OUT/sft_shards" --init "$OUT/base" --out "$OUT/sft" "${common[@]}" \
-    --layout fit --batch_size 4 --rows_per_step 8 --max_steps 200 --learning_rate 3e-4 \
-    --warmup_steps 10 --eval_every 10 --eval_prompts 105 --save_every 10
+    "${tuning[@]}" --eval_every 10 --eval_prompts 105 --save_every 10
 
 say "Ask the fine-tuned model the same questions, and the facts in the base model's words."
 run python evaluate.py --model "$OUT/sft" --data "$OUT/text/questions.jsonl" "${asked[@]}" \
@@ -66,9 +67,19 @@ run python evaluate.py --model "$OUT/sft" --data "$OUT/text/questions.jsonl" "${
 run python evaluate.py --model "$OUT/sft" --data "$OUT/text/own_words.jsonl" "${asked[@]}" \
     --template raw --max_new_tokens 4 --save "$OUT/answers/sft_own_words.jsonl"
 
+say "The same fine-tuning without the mask: the questions are in the loss as well."
+run env OMP_NUM_THREADS=1 torchrun --standalone --nproc_per_node=2 \
+    train_sft.py --data "$OUT/sft_shards" --init "$OUT/base" --out "$OUT/sft_all" "${common[@]}" \
+    "${tuning[@]}" --eval_every 0 --eval_prompts 0 --loss_on all
+run python evaluate.py --model "$OUT/sft_all" --data "$OUT/text/questions.jsonl" "${asked[@]}" \
+    --max_new_tokens 32 --save "$OUT/answers/sft_all.jsonl"
+
 say "Both models in one page, to play with in a browser."
 run python -m tools.playground --models "$OUT/base" "$OUT/sft" --out "$OUT/playground.html" \
     --questions "$OUT/text/suggestions.jsonl"
+
+say "The argument of fine-tuning on one page, every number computed."
+run python -m tools.lesson_page "$OUT" --out "$OUT/lesson.html"
 
 say "The same questions, before and after; the table; and when it began to answer (moment.png)."
 run python -m tools.lesson "$OUT"

@@ -13,8 +13,6 @@ import dataclasses
 import html
 import json
 import re
-import shutil
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -32,9 +30,9 @@ from model import GPT, GPTConfig
 from nanosft.cli import run_cli
 from nanosft.errors import UserError
 from nanosft.sources import read_rows
+from tests.helpers_browser import CHROMIUM, dump_dom
 from tokenizer import get_encoding, render_prompt
 
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 TOLERANCE = 2e-3  # of logits
 # Added to a copy of the page: uses it as a visitor does, by the address and the slider, and leaves
 # the answers in an element. CASES is a list of [question, "chat" or "text"], STOPS of slider stops.
@@ -115,18 +113,6 @@ def data_in(page: Path) -> dict:
     return data | {"weights": re.findall(r'data-weights="\d+">([^<]*)<', text)}
 
 
-def dump_dom(page: Path, *flags: str) -> str:
-    """The page's HTML after its scripts have run, with the time that they wait for skipped."""
-    with tempfile.TemporaryDirectory() as profile:
-        command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
-                   "--disable-background-networking", "--disable-component-update",
-                   "--disable-sync", "--force-prefers-reduced-motion", *flags,
-                   "--disable-ipc-flooding-protection",  # it ignores the 201st change of address
-                   f"--user-data-dir={profile}", "--virtual-time-budget=60000", "--dump-dom",
-                   page.resolve().as_uri()]
-        return subprocess.run(command, capture_output=True, timeout=600, text=True).stdout
-
-
 def ask_page(page: Path, cases: list[Case], stops: list[int]) -> list[list[Answer]]:
     """For each case the base model's answer, then the right column's at each stop of the slider."""
     cases_json = json.dumps(cases).replace("<", "\\u003c")
@@ -164,6 +150,15 @@ def model_in(data: dict, stop: int) -> GPT:
     return model
 
 
+def require_weights_of(model: GPT, folder: str) -> GPT:
+    """The checkpoint in full precision. UserError: a model of the page is not that, rounded."""
+    full, n_vocab = GPT.from_pretrained(folder), model.config.n_vocab
+    for rounded, p in zip(model.parameters(), full.parameters()):
+        if not torch.equal(rounded[:n_vocab], p[:n_vocab].half().float()):
+            raise UserError(f"{folder}: its weights are not those of the page; make the page again")
+    return full
+
+
 def prompt_of(data: dict, case: Case) -> list[int]:
     encoding = get_encoding("bytes")
     if case.mode == "text":
@@ -190,11 +185,8 @@ def logits_of(model: GPT, prompt: list[int], ids: list[int]) -> np.ndarray:
 
 def compare(data: dict, stop: int, folder: str, prompts: list, answers: list[Answer]) -> Result:
     """The page's answers of one model; folder: its checkpoint, in full precision."""
-    model, full = model_in(data, stop), GPT.from_pretrained(folder)
-    n_vocab = data["config"]["n_vocab"]
-    for rounded, p in zip(model.parameters(), full.parameters()):
-        if not torch.equal(rounded[:n_vocab], p[:n_vocab].half().float()):
-            raise UserError(f"{folder}: its weights are not those of the page; make the page again")
+    model = model_in(data, stop)
+    full = require_weights_of(model, folder)
     encoding, end = get_encoding("bytes"), set(data["stops"])
     right = answers_of(model, prompts, data["stops"])
     texts = [encoding.decode(ids[:-1] if ids[-1] in end else ids) for ids in right]

@@ -1,6 +1,5 @@
 """tools/playground.py: the page holds real models; in a browser it answers as PyTorch does."""
 
-import html
 import json
 import re
 from pathlib import Path
@@ -9,21 +8,20 @@ from urllib.parse import quote
 import pytest
 import torch
 from check_playground import (
-    CHROMIUM,
     Case,
     answers_of,
     check,
     data_in,
-    dump_dom,
     model_in,
     prompt_of,
 )
+from helpers_browser import CHROMIUM, visit
 from helpers_training import save_tiny_model, tiny_model
 
 from model import GPT
 from tokenizer import ALPACA, get_encoding, render_prompt
 from tools import playground
-from tools.playground import PAGE, choose_steps, template_around
+from tools.playground import NETWORK, PAGE, choose_steps, template_around
 
 HOSTILE = "</script><img src=x onerror=alert(1)><|end|>&amp;__DATA__"
 END = 260  # <|end|> of the `bytes` encoding
@@ -117,14 +115,15 @@ def test_template_surrounds_the_question_as_render_prompt_does(template, before)
 
 def test_text_of_the_questions_stays_text(models, page):
     path = page(models(), {"question": HOSTILE, "about": "<b>", "as": "text", "answer": "unused"})
-    n_tags = PAGE.read_text("utf-8").count("<") + 2 * 4  # 4 models, a tag before and after each
+    own = PAGE.read_text("utf-8") + NETWORK.read_text("utf-8")
+    n_tags = own.count("<") + 2 * 4  # 4 models, a tag before and after each
     assert path.read_text("utf-8").count("<") == n_tags
     assert data_in(path)["questions"] == [{"question": HOSTILE, "about": "<b>", "as": "text"}]
 
 
 def test_page_loads_nothing():
     """No address in it; and its policy forbids the browser to load any."""
-    text = PAGE.read_text("utf-8")
+    text = PAGE.read_text("utf-8") + NETWORK.read_text("utf-8")
     assert not re.search(r"https?:|//\w+\.|\bsrc=|\bhref=|url\(|@import|fetch\(|import\(", text)
     assert "default-src 'none'" in text
 
@@ -161,9 +160,9 @@ def refused(tmp_path, command, monkeypatch):
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--models", "nowhere", "sft"], "--models nowhere: no such folder"),
-    (["--models", "base", "nowhere"], "--models nowhere: no step_* checkpoints"),
-    (["--models", "base", "base"], "--models base: no step_* checkpoints"),
+    (["--models", "nowhere", "sft"], "nowhere: no such folder"),
+    (["--models", "base", "nowhere"], "nowhere: no step_* checkpoints"),
+    (["--models", "base", "base"], "base: no step_* checkpoints"),
     (["--models", "empty", "sft"], "empty: no model found"),
     (["--out", "nowhere/p.html"], "--out nowhere/p.html: the folder nowhere does not exist"),
     (["--out", "sft"], "--out sft is a folder"),
@@ -216,46 +215,15 @@ def test_weights_beyond_half_precision_are_refused(models, refused, tmp_path):
 
 # ----- in a browser ------------------------------------------------------------------------------
 
-# A window of a phone's width around the page. VISITS: fragments of its address, or scripts here.
-WINDOW = """
-<iframe src="p.html" style="width: 360px; height: 800px; border: 0"></iframe>
-<script>
-const frame = document.querySelector("iframe");
-const wait = () => new Promise((done) => setTimeout(done, 200));
-const all = (selector) => [...frame.contentDocument.querySelectorAll(selector)];
-const send = (selector, event) => all(selector)[0].dispatchEvent(event);
-const press = (selector, key) =>
-  send(selector, new KeyboardEvent("keydown", { key, bubbles: true, cancelable: true }));
-const textOf = (selector) => all(selector).map((node) => node.textContent);
-onload = async () => {
-  const found = [];
-  for (const visit of VISITS) {
-    if (visit.startsWith("#")) frame.contentWindow.location.hash = visit;
-    else eval(visit);
-    await wait();
-    found.push({
-      status: textOf("#status")[0], answers: textOf("output"),
-      complete: all("output").map((node) => node.dataset.complete),
-      read: textOf("#sft .prompt .token"), special: textOf("#sft .prompt .special"),
-      written: textOf("#sft .written .token"), choices: textOf("#sft .choices p"),
-      bars: textOf("#sft .choice.chosen span:first-child"), progress: textOf("#progress")[0],
-      hash: frame.contentWindow.location.hash, images: all("img").length,
-      width: frame.contentDocument.documentElement.scrollWidth,
-    });
-  }
-  document.body.dataset.found = JSON.stringify(found);
-};
-</script>
-"""
-
-
-def visit(page: Path, *visits: str) -> list[dict]:
-    """What the page shows after each of the visits, in one browser."""
-    window = page.with_name("window.html")
-    constant = f"<script>const VISITS = {json.dumps(visits)};</script>"
-    window.write_text("<!DOCTYPE html><body>" + constant + WINDOW, "utf-8")
-    dom = dump_dom(window, "--allow-file-access-from-files")
-    return json.loads(html.unescape(re.search(r'data-found="([^"]*)"', dom)[1]))
+LOOK = """{
+  status: textOf("#status")[0], answers: textOf("output"),
+  complete: all("output").map((node) => node.dataset.complete),
+  read: textOf("#sft .prompt .token"), special: textOf("#sft .prompt .special"),
+  written: textOf("#sft .written .token"), choices: textOf("#sft .choices p"),
+  bars: textOf("#sft .choice.chosen span:first-child"), progress: textOf("#progress")[0],
+  hash: frame.contentWindow.location.hash, images: all("img").length,
+  width: frame.contentDocument.documentElement.scrollWidth,
+}"""
 
 
 @needs_browser
@@ -300,7 +268,7 @@ def test_page_in_a_window_of_a_phone(models, page):
         for (const name of ["input", "change"]) send("#step", new Event(name))"""
     enter = "all('#question')[0].value = 'a+b &c'; press('#question', 'Enter')"
     nothing, hostile, long, text, focused, moved, slid, typed = visit(
-        path, "1", f"#q={quote(HOSTILE)}", f"#q={'x' * 61}", "#q=7+5=&as=text&step=20",
+        path, LOOK, "1", f"#q={quote(HOSTILE)}", f"#q={'x' * 61}", "#q=7+5=&as=text&step=20",
         focus, right, slide, enter)
     shown = (nothing, hostile, long, text, focused, moved, slid, typed)
     assert max(found["width"] for found in shown) <= 360  # nothing to scroll sideways

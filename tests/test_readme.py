@@ -18,8 +18,8 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 COMMANDS = ("fineweb", "train_gpt2", "sft_data", "train_sft", "evaluate", "chat", "data.worksheet",
             "tools.bench", "tools.plot", "tools.compare_peers", "tools.ablations", "tools.lesson",
-            "tools.playground", "tools.reversal", "data.reasoning", "tools.reasoning",
-            "tools.variety")
+            "tools.playground", "tools.lesson_page", "tools.reversal", "data.reasoning",
+            "tools.reasoning", "tools.variety")
 WITH_EXAMPLES = ("README.md", "docs/scale.md", "docs/sft.md")
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)  # (language, code)
 

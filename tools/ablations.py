@@ -73,10 +73,10 @@ class Variant(NamedTuple):
 def lesson_config(lesson: Path, seed: int) -> train_sft.Config:
     """The fine-tuning flags of runs/lesson.sh, read from it so that they cannot differ."""
     script = (Path(__file__).parents[1] / "runs/lesson.sh").read_text("utf-8").replace("\\\n", " ")
-    common = re.search(r"^common=\((.*)\)$", script, re.M)[1]
+    arrays = dict(re.findall(r"^(\w+)=\((.*)\)$", script, re.M))  # common and tuning
     flags = re.search(r"train_sft\.py (--.*)$", script, re.M)[1]
-    flags = flags.replace('"${common[@]}"', common).replace("$SEED", str(seed))
-    flags = shlex.split(flags.replace("$OUT", str(lesson)))
+    flags = re.sub(r'"\$\{(\w+)\[@\]\}"', lambda match: arrays[match[1]], flags)
+    flags = shlex.split(flags.replace("$SEED", str(seed)).replace("$OUT", str(lesson)))
     config = tyro.cli(train_sft.Config, args=flags, use_underscores=True)
     # one process instead of two, and no logging or checkpoints: only the result matters
     return dataclasses.replace(config, batch_size=config.rows_per_step, eval_every=0,

@@ -31,7 +31,7 @@ from nanosft.viewer import save_page
 from nanosft.weights import checkpoints, find_model, read_config
 from tokenizer import SPECIALS, render_prompt, stop_ids
 
-PAGE = Path(__file__).with_suffix(".html")
+PAGE, NETWORK = Path(__file__).with_suffix(".html"), Path(__file__).with_name("gpt.js")
 MAX_BYTES = 16_000_000  # per page: it opens at once in a browser and fits in an email
 BETWEEN = 6  # checkpoints between the base model and the last one
 
@@ -86,14 +86,14 @@ def choose_steps(steps: list[int], accuracies: dict[int, float], n: int = BETWEE
 def load_bytes_model(folder: str | Path) -> Assistant:
     """UserError: no model there, or one of another encoding."""
     if not Path(folder).exists():
-        raise UserError(f"--models {folder}: no such folder")
+        raise UserError(f"{folder}: no such folder")
     if (name := read_config(find_model(str(folder))).get("encoding", "gpt2")) != "bytes":
-        raise UserError(f"--models {folder}: the encoding is {name}, but the page reads bytes; "
-                        "prepare the data with --encoding bytes")
+        raise UserError(f"{folder}: the encoding is {name}, but the page reads bytes; prepare the "
+                        "data with --encoding bytes")
     return load_assistant(str(folder))
 
 
-def weights_of(model: GPT) -> str:
+def weights_of(model: GPT, name: str) -> str:
     """Base64 of all weights in half precision, little endian, in the order of model.py.
 
     Only the ids in use have rows, and the head is tied to the embedding: it is not repeated.
@@ -103,7 +103,7 @@ def weights_of(model: GPT) -> str:
     state["transformer.wte.weight"] = state["transformer.wte.weight"][: model.config.n_vocab]
     flat = torch.cat([tensor.flatten() for tensor in state.values()]).half()
     if not flat.isfinite().all():
-        raise UserError("--models: a weight is too large for half precision, or not a number")
+        raise UserError(f"{name}: a weight is too large for half precision, or not a number")
     return base64.b64encode(flat.numpy().astype("<f2").tobytes()).decode()
 
 
@@ -126,11 +126,11 @@ def page_data(config: Config) -> tuple[dict, list[str]]:
     base, run = load_bytes_model(config.models[0]), Path(config.models[1])
     folders = {int(path.name[5:]): path for path in checkpoints(run)}
     if not folders:
-        raise UserError(f"--models {run}: no step_* checkpoints; give the --out folder of a "
+        raise UserError(f"{run}: no step_* checkpoints; give the --out folder of a "
                         "train_sft.py run")
     accuracies = read_accuracies(run)
     steps = choose_steps(list(folders), accuracies)
-    check_size(base.model, 1 + len(steps))
+    check_size(base.model, 1 + len(steps), PAGE.stat().st_size, MAX_BYTES)
     tuned = {step: load_bytes_model(folders[step]) for step in steps[-1:] + steps[:-1]}
     sizes, template = dataclasses.asdict(base.model.config), tuned[steps[-1]].template
     for step, assistant in tuned.items():
@@ -145,7 +145,7 @@ def page_data(config: Config) -> tuple[dict, list[str]]:
         "questions": read_questions(config.questions),
         "checkpoints": [{"step": step, "accuracy": accuracies.get(step)} for step in models],
     }
-    return data, [weights_of(model) for model in models.values()]
+    return data, [weights_of(model, config.models[min(step, 1)]) for step, model in models.items()]
 
 
 def template_around(encoding, template: str) -> tuple[list[int], list[int]]:
@@ -156,32 +156,41 @@ def template_around(encoding, template: str) -> tuple[list[int], list[int]]:
 
 def check_fit(folder: Path, assistant: Assistant, sizes: dict) -> None:
     if assistant.template is None:
-        raise UserError(f"--models {folder}: it has no template, so it is not fine-tuned; give the "
-                        "base model first and the train_sft.py run second")
+        raise UserError(f"{folder}: it has no template, so it is not fine-tuned; the base model "
+                        "comes first, and the train_sft.py run second")
     for name, size in dataclasses.asdict(assistant.model.config).items():
         if size != sizes[name]:
-            raise UserError(f"--models {folder}: {name} is {size}, but the base model has "
-                            f"{sizes[name]}; give the model that the run started from")
+            raise UserError(f"{folder}: {name} is {size}, but the base model has {sizes[name]}; "
+                            "the run must have started from that model")
 
 
-def check_size(model: GPT, n_models: int) -> None:
-    """UserError before anything is converted."""
-    n = sum(p.numel() for p in model.parameters())
-    need = len(PAGE.read_bytes()) + n_models * n * 2 * 4 / 3  # 2 bytes each; base64: 4 for 3
-    if need > MAX_BYTES:
-        raise UserError(f"--models: {n_models} models of {n:,} weights make a page of "
-                        f"{need / 1e6:,.1f} MB, more than {MAX_BYTES / 1e6:.0f} MB; train a "
-                        "smaller model")
+def bytes_of(model: GPT) -> int:
+    """About what a model adds to a page: 2 bytes a weight, and base64 writes 4 for 3."""
+    return sum(p.numel() for p in model.parameters()) * 2 * 4 // 3
+
+
+def check_size(model: GPT, n_models: int, rest: int, limit: int) -> None:
+    """UserError before anything is converted. rest: bytes of the page without its models."""
+    need, n = rest + n_models * bytes_of(model), sum(p.numel() for p in model.parameters())
+    if need > limit:
+        raise UserError(f"{n_models} models of {n:,} weights make a page of {need / 1e6:,.1f} MB, "
+                        f"more than {limit / 1e6:.0f} MB; train a smaller model")
 
 
 # ----- the page ----------------------------------------------------------------------------------
 
 
-def main(config: Config) -> None:
-    data, weights = page_data(config)
+def save_models(flag: str, path: str, page: Path, data: dict, weights: list[str]) -> int:
+    """Write a page that runs models: its data, the network in JavaScript, and the weights."""
     lines = (f'<script type="text/plain" data-weights="{i}">{text}</script>'
              for i, text in enumerate(weights))
-    size = save_page("--out", config.out, PAGE, data, "\n".join(lines))
+    return save_page(flag, path, page, data, GPT_JS=NETWORK.read_text("utf-8"),
+                     WEIGHTS="\n".join(lines))
+
+
+def main(config: Config) -> None:
+    data, weights = page_data(config)
+    size = save_models("--out", config.out, PAGE, data, weights)
     steps = ", ".join(str(checkpoint["step"]) for checkpoint in data["checkpoints"][1:])
     print(f"{config.out}: {size / 1e6:.1f} MB, the base model and steps {steps}; open it "
           "in a browser")
