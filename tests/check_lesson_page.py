@@ -18,6 +18,10 @@ import tempfile
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
+if __name__ == "__main__" and not __package__:  # run by its path: nothing below is found
+    print("error: in the project's folder, run python -m tests.check_lesson_page", file=sys.stderr)
+    sys.exit(2)
+
 import torch
 import torch.nn.functional as F
 import tyro

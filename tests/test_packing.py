@@ -227,7 +227,7 @@ def test_planning_takes_at_most_40_bytes_an_example(layout):
     Plan(lengths, 1024, layout, 0, 0, 32)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert peak < 40 * len(lengths)
+    assert peak < 40 * len(lengths) + 10_000  # what does not grow with them
 
 
 # ----- refusals ----------------------------------------------------------------------------------

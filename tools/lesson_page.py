@@ -12,8 +12,13 @@ import copy
 import dataclasses
 import os
 import re
+import sys
 from pathlib import Path
 from typing import Annotated
+
+if __name__ == "__main__" and not __package__:  # run by its path: nothing below is found
+    print("error: in the project's folder, run python -m tools.lesson_page", file=sys.stderr)
+    sys.exit(2)
 
 import torch
 import torch.nn.functional as F
