@@ -266,6 +266,8 @@ class InstructionIgnored(SFTDataset):
 def bug_variants(lesson: train_sft.Config) -> list[Variant]:
     """The correct code first, and again where a mistake shows only with other flags."""
     half = lesson.rows_per_step // 2  # the two ranks of runs/lesson.sh
+    twice = lesson.rows_per_step * 2  # a row of one example, but as many examples as packed rows
+    padded = {"layout": "pad", "rows_per_step": twice, "batch_size": twice}
     shortest = int(SFTDataset(lesson.data, "train", lesson.block_size, "pad").lengths.min())
     cut = shortest - 4  # T + 1 ids are three less: without <|endoftext|>, <|end|>, and the period
     return [
@@ -285,8 +287,9 @@ def bug_variants(lesson: train_sft.Config) -> list[Variant]:
         Variant("correct code, one example a row", {"layout": "pad"}),
         Variant(f"the same, cut at {cut + 1} ids", {"layout": "pad", "block_size": cut}),
         Variant("the mask begins one token early", rows=MaskTooLong),
-        Variant("padding is in the loss", {"layout": "pad"}, PaddingInLoss),
-        Variant("padding comes first, in training", {"layout": "pad"}, PaddedLeft),
+        Variant(f"correct code, {twice} examples a step", padded),
+        Variant("padding is in the loss", padded, PaddingInLoss),
+        Variant("padding comes first, in training", padded, PaddedLeft),
         *(Variant(f"padding comes first, in prompts of {width} ids",
                   asked=functools.partial(padded_left, width)) for width in (16, 24)),
         Variant("correct code, chats with mistakes", data=chats_with_mistakes),
