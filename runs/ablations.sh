@@ -2,7 +2,7 @@
 # Same data, same seed, same number of steps, one thing changed: what a choice or a mistake costs.
 #
 #     bash runs/ablations.sh                      # three lessons, then about 50 short runs
-#     bash runs/ablations.sh --experiment bugs    # about 45: mistakes that real projects shipped
+#     bash runs/ablations.sh --experiment bugs    # about 70: mistakes that real projects shipped
 #
 # Finished lessons are reused.
 set -euo pipefail

@@ -1,5 +1,6 @@
 """Each mistake of tools/ablations.py does what it claims: a test fails if it does nothing."""
 
+import contextlib
 import dataclasses
 import itertools
 
@@ -16,14 +17,16 @@ from helpers_training import (
     weights_of,
 )
 
+import sft_data
 import train_sft
 from data.worksheet import write_rows
 from sft_data import SFTDataset
 from tools import ablations
 from tools.ablations import Variant, bug_variants, lesson_config, open_rows, run_variant
+from tools.lesson import read_all
 from train_gpt2 import MicroBatch, load_steps
 
-ASSISTANT, END = 259, 260  # of the `bytes` encoding
+EOT, ASSISTANT, END = 256, 259, 260  # of the `bytes` encoding
 # 13 examples with answers of very different lengths; packed they need 8 rows of 64 tokens
 PAIRS = [(f"What is {i}+{i}?", f"{i}+{i}={2 * i}." + " Yes." * (i % 5)) for i in range(13)]
 
@@ -118,11 +121,69 @@ def test_marker_encoded_by_itself_is_found_nowhere_and_as_its_one_id_everywhere(
 
 
 def test_example_cut_at_its_end_loses_its_end_token(lesson):
-    *_, whole, cut = bug_variants(lesson_config(lesson, 1))
+    variants = bug_variants(lesson_config(lesson, 1))
+    cut = next(i for i, variant in enumerate(variants) if "cut at" in variant.name)
+    whole, cut = variants[cut - 1 : cut + 1]
     for variant, ends in ((whole, len(PAIRS)), (cut, 0)):
         labels = [row["labels"] for row in rows_of(lesson, variant.rows, **variant.flags)]
         assert len(labels) == len(PAIRS) and all((row >= 0).any() for row in labels)
         assert sum(int((row == END).sum()) for row in labels) == ends
+
+
+def test_padding_in_the_loss_trains_what_was_padding_and_nothing_else(lesson):
+    for layout in ("pad", "fit"):
+        for right, wrong in pairs_of_rows(lesson, ablations.PaddingInLoss, layout=layout):
+            padding = right["segments"] < 0
+            for name, value in (("labels", EOT), ("weights", 1)):
+                assert torch.equal(right[name][~padding], wrong[name][~padding])
+                assert (wrong[name][padding] == value).all()
+    assert not rows_of(lesson, ablations.PaddingInLoss).batch([None])["weights"].any()
+
+
+def test_row_padded_on_the_left_is_the_same_row_after_its_padding(lesson):
+    right, wrong = rows_of(lesson, SFTDataset), rows_of(lesson, ablations.PaddedLeft)
+    shifts = set()
+    for i in range(len(right)):
+        a, b = right[i], wrong[i]
+        shift = int((a["segments"] < 0).sum())
+        shifts.add(shift)
+        assert all(torch.equal(b[name], a[name].roll(shift)) for name in a)
+        assert (b["input_ids"][:shift] == EOT).all() and (b["labels"][:shift] < 0).all()
+    assert len(shifts) > 3 and 0 not in shifts
+    assert wrong.batch([0])["segments"] is None  # so positions count the padding, and it is seen
+
+
+def test_ignored_mark_trains_the_answers_that_it_was_on_and_nothing_else(lesson, tmp_path):
+    """As if the data had no marks."""
+    flags = {"data": ablations.chats_with_mistakes(lesson, tmp_path / "marked")}
+    right, wrong = (rows_of(lesson, rows, **flags) for rows in (
+        SFTDataset, ablations.InstructionIgnored))
+    chats = read_all(tmp_path / "marked/chats.jsonl")
+    assert [chat["messages"][1]["content"] for chat in chats] == ["0+0=1.", "1+1=2. Yes."]
+    write_rows(tmp_path / "unmarked.jsonl", [
+        {"messages": [{k: m[k] for k in ("role", "content")} for m in chat["messages"]]}
+        for chat in chats])
+    sft_data.main(sft_data.Config(source=(str(tmp_path / "unmarked.jsonl"),), val_fraction=0,
+                                  out=str(tmp_path / "unmarked"), encoding="bytes", workers=1))
+    unmarked = rows_of(lesson, SFTDataset, data=str(tmp_path / "unmarked"))
+    assert len(right) == len(wrong) == len(unmarked) == 2
+    more = []
+    for i in range(2):
+        a, b, c = right[i], wrong[i], unmarked[i]
+        assert all(torch.equal(b[name], c[name]) for name in c)
+        changed = a["labels"] != b["labels"]
+        assert torch.equal(a["input_ids"], b["input_ids"]) and (a["labels"][changed] < 0).all()
+        more.append(b["labels"][changed].tolist())
+    assert sorted(more) == [[], [*b"0+0=1.", END]]
+
+
+def test_prompts_padded_on_the_left_are_asked_with_the_padding_as_text():
+    model, prompts = tiny_model(block_size=64), [[1, 2], [3], list(range(9))]
+    padded = [[EOT, EOT, 1, 2], [EOT, EOT, EOT, 3], prompts[2]]
+    with ablations.padded_left(4):
+        answers = model.generate(prompts, 5, temperature=0)
+    assert answers == model.generate(padded, 5, temperature=0)
+    assert answers[:2] != model.generate(prompts[:2], 5, temperature=0)
 
 
 # ----- what each changes in a step ---------------------------------------------------------------
@@ -201,10 +262,11 @@ def test_every_mistake_changes_what_two_steps_train(lesson, tmp_path):
     assert same(right, train("again", correct)[0])
     for variant in mistakes:
         control = right
-        if variant.rows is not SFTDataset and variant.flags:
+        if variant.rows is not SFTDataset and (variant.flags or variant.data):
             control, _ = train(f"{variant.name}, control", variant._replace(rows=SFTDataset))
         wrong, answers = train(variant.name, variant)
-        if variant.template:  # trained as it should be, but asked in another way
+        if variant.template or variant.asked is not contextlib.nullcontext:
+            # trained as it should be, but asked in another way
             assert same(wrong, control) and answers != right_answers
         else:
             assert not same(wrong, control), variant.name

@@ -20,6 +20,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
+from unittest import mock
 
 if __name__ == "__main__" and not __package__:  # run by its path: nothing below is found
     print("error: in the project's folder, run python -m tools.ablations", file=sys.stderr)
@@ -32,12 +33,14 @@ import tyro
 from torch import Tensor
 
 import evaluate
+import sft_data
 import train_sft
-from model import IGNORE_INDEX
+from data.worksheet import write_rows
+from model import GPT, IGNORE_INDEX
 from nanosft.cli import run_cli
 from packing import LAYOUTS
 from sft_data import SFTDataset
-from tokenizer import get_encoding
+from tokenizer import KEPT_ANSWER, get_encoding
 from tools.lesson import read_all, scores
 from train_gpt2 import train
 
@@ -63,7 +66,9 @@ class Variant(NamedTuple):
     flags: dict = {}  # over those of the lesson
     rows: type[SFTDataset] = SFTDataset
     forward: Callable = train_sft.forward_sft
+    data: Callable[[Path, Path], str] | None = None  # makes other chats; None: the lesson's
     template: str | None = None  # for the evaluation questions; None: the one used in training
+    asked: Callable = contextlib.nullcontext  # the context of the evaluation
     every_seed: bool = True  # False: run on the first seed only
 
 
@@ -201,9 +206,68 @@ def forward_running_positions(model, x: Tensor, y: Tensor, weights: Tensor,
     return model.nll_sum(hidden, y, weights)
 
 
+class PaddedLeft(SFTDataset):
+    """Padding precedes the example, which attends to it and counts it in its positions."""
+
+    def padded(self, indices: Sequence[int | None]) -> dict[str, Tensor]:
+        rows = super().padded(indices)
+        n_padding = (rows["segments"] < 0).sum(1, keepdim=True)  # (B, 1)
+        source = (torch.arange(self.block_size) - n_padding) % self.block_size  # (B, T)
+        return {name: values.gather(1, source) for name, values in rows.items()}
+
+
+def padded_left(width: int) -> contextlib.AbstractContextManager:
+    """In this context prompts are padded on the left to `width` ids, and nothing masks that."""
+    generate, padding = GPT.generate, [get_encoding("bytes").eot_token] * width
+
+    def generate_padded(gpt: GPT, prompts: Sequence[Sequence[int]], *args, **sampling) -> list:
+        padded = [[*padding, *ids][-max(width, len(ids)) :] for ids in prompts]
+        return generate(gpt, padded, *args, **sampling)
+
+    return mock.patch.object(GPT, "generate", generate_padded)
+
+
+class PaddingInLoss(SFTDataset):
+    """The padding of a row is in the loss: <|endoftext|> after <|endoftext|>."""
+
+    def padded(self, indices: Sequence[int | None]) -> dict[str, Tensor]:
+        rows = super().padded(indices)
+        is_padding = rows["segments"] < 0  # (B, T)
+        is_padding &= ~is_padding.all(1, keepdim=True)  # filler is no row
+        rows["labels"][is_padding], rows["weights"][is_padding] = self.eot, 1.0
+        return rows
+
+
+def chats_with_mistakes(lesson: Path, out: Path) -> str:
+    """The lesson's chats as shards, but in every second one a wrong answer, marked as not to be
+    trained, comes first; then the question is asked again."""
+    chats = []
+    for i, row in enumerate(read_all(lesson / "text/sft_train.jsonl")):
+        wrong = re.sub(r"(?<==)\d+", lambda result: str(int(result[0]) + 1), row["answer"])
+        question = {"role": "user", "content": row["question"]}
+        mistake = [question, {"role": "assistant", "content": wrong, "train": False}]
+        answer = [question, {"role": "assistant", "content": row["answer"]}]
+        chats.append({"messages": answer if i % 2 else mistake + answer})
+    out.mkdir(parents=True, exist_ok=True)
+    write_rows(out / "chats.jsonl", chats)
+    sft_data.main(sft_data.Config(source=(str(out / "chats.jsonl"),), out=str(out / "shards"),
+                                  val_fraction=0, encoding="bytes", workers=1))
+    return str(out / "shards")
+
+
+class InstructionIgnored(SFTDataset):
+    """Answers that the data says not to train are trained."""
+
+    def piece(self, number: int, start: int, stop: int) -> np.ndarray:
+        ids, stored = super().piece(number, start, stop)
+        return np.stack([ids, np.where(stored == KEPT_ANSWER, 100, stored)])
+
+
 def bug_variants(lesson: train_sft.Config) -> list[Variant]:
     """The correct code first, and again where a mistake shows only with other flags."""
     half = lesson.rows_per_step // 2  # the two ranks of runs/lesson.sh
+    twice = lesson.rows_per_step * 2  # a row of one example, but as many examples as packed rows
+    padded = {"layout": "pad", "rows_per_step": twice, "batch_size": twice}
     shortest = int(SFTDataset(lesson.data, "train", lesson.block_size, "pad").lengths.min())
     cut = shortest - 4  # T + 1 ids are three less: without <|endoftext|>, <|end|>, and the period
     return [
@@ -222,6 +286,15 @@ def bug_variants(lesson: train_sft.Config) -> list[Variant]:
         Variant("asked without the chat template", template="raw"),
         Variant("correct code, one example a row", {"layout": "pad"}),
         Variant(f"the same, cut at {cut + 1} ids", {"layout": "pad", "block_size": cut}),
+        Variant("the mask begins one token early", rows=MaskTooLong),
+        Variant(f"correct code, {twice} examples a step", padded),
+        Variant("padding is in the loss", padded, PaddingInLoss),
+        Variant("padding comes first, in training", padded, PaddedLeft),
+        *(Variant(f"padding comes first, in prompts of {width} ids",
+                  asked=functools.partial(padded_left, width)) for width in (16, 24)),
+        Variant("correct code, chats with mistakes", data=chats_with_mistakes),
+        Variant("the marks of the mistakes are ignored", {}, InstructionIgnored,
+                data=chats_with_mistakes),
     ]
 
 
@@ -242,13 +315,17 @@ def open_rows(rows: type[SFTDataset], config: train_sft.Config, split: str) -> S
 
 def run_variant(lesson: Path, seed: int, variant: Variant, out: Path) -> dict:
     """Fine-tune and ask all questions -> the columns, and the answer to the first held-out one."""
-    config = dataclasses.replace(lesson_config(lesson, seed), out=str(out / "run"), **variant.flags)
-    questions = evaluate.Config(config.out, str(lesson / "text/questions.jsonl"), device="cpu",
+    flags = {"out": str(out / "run"), **variant.flags}
+    questions = evaluate.Config(flags["out"], str(lesson / "text/questions.jsonl"), device="cpu",
                                 template=variant.template, batch_size=128, max_new_tokens=32,
                                 save=str(out / "answers.jsonl"))
     with contextlib.redirect_stdout(io.StringIO()):
+        if variant.data:
+            flags["data"] = variant.data(lesson, out)
+        config = dataclasses.replace(lesson_config(lesson, seed), **flags)
         train(config, functools.partial(open_rows, variant.rows), variant.forward, train_sft.judge)
-        evaluate.main(questions)
+        with variant.asked():
+            evaluate.main(questions)
     n_trained = len(read_all(lesson / "text/sft_train.jsonl"))  # the others are held out
     answers = read_all(out / "answers.jsonl")
     return scores(answers, n_trained) | {"answer": answers[n_trained]["answer"]}
