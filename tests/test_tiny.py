@@ -200,7 +200,8 @@ def test_anything_but_one_number_is_one_line_and_exit_code_2(arguments, monkeypa
     assert err.startswith("error: ") and "python tiny.py 2" in err
 
 
-def test_notebook_is_the_same_file_and_runs(tmp_path):
+def test_notebook_is_the_same_file_and_runs(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # the tests beside it use the other core
     notebook = nbformat.read(ROOT / "tiny.ipynb", as_version=4)
     made = jupytext.reads(SOURCE, fmt="py:percent")
     assert ([(cell.cell_type, cell.source) for cell in notebook.cells]
