@@ -148,14 +148,14 @@ def test_micro_batches_of_a_step_have_unequal_numbers_of_targets():
     rows = packed(list(tiny.FACTS)[:16])
     first, second = (int(tiny.batch_of(part)[2].sum()) for part in rows.tensor_split([5]))
     assert len(rows) == 8 and first > second > 0
-    with torch.no_grad():
-        model = tiny.GPT()
+    torch.manual_seed(0)
+    model = tiny.GPT()
     means = []
     for part in rows.tensor_split([5]):
         means.append(tiny.backward(model, part))
     exact = tiny.backward(model, rows)
     assert exact == pytest.approx((means[0] * first + means[1] * second) / (first + second))
-    assert exact != pytest.approx(sum(means) / 2, rel=1e-7)
+    assert exact != pytest.approx(sum(means) / 2, rel=1e-5)
 
 
 def test_it_needs_nothing_but_pytorch_and_the_standard_library():
