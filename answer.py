@@ -93,11 +93,13 @@ def cut_prompt(ids: list[int], room: int, block_size: int, where: str) -> list[i
 # ----- scores ------------------------------------------------------------------------------------
 
 # What may stand around a number: currency, LaTeX, and Markdown
-BEFORE, AFTER = r"(?:\\boxed|\\[(\[]|[\s*_`$£€¥₹\\{])*", r"[\s*_`$£€¥₹%\\})\].]*"
+BEFORE = r"(?:\\(?:boxed|text|mathbf)|\\[(\[]|[\s*_`$£€¥₹₩¢\\{(])*"
+AFTER = r"[\s*_`$£€¥₹₩¢%\\})\].\u200b]*"
 # name -> pattern whose last group is the answer
 EXTRACTIONS = {
-    "gsm8k": re.compile(rf".*####{BEFORE}(?:([-+\u2212\u2013\uff0d]){BEFORE})?"
-                        rf"(\d[\d,]*(?:\.\d*)?(?:e[-+]?\d{{1,3}})?|\.\d+){AFTER}", re.DOTALL),
+    "gsm8k": re.compile(
+        rf".*####{BEFORE}(?:([-+\u2010-\u2014\u2212\ufe63\uff0d]){BEFORE})?"
+        rf"(\d(?:[\d,]|\{{,\}}|\\,)*(?:\.\d*)?(?:[eE][-+]?\d{{1,3}})?|\.\d+){AFTER}", re.DOTALL),
     "answer": re.compile(r".*</think>\s*<answer>(.*?)</answer>\s*", re.DOTALL),
     "whole": re.compile(r"\s*(\S.*?)\s*", re.DOTALL),
 }
@@ -119,7 +121,7 @@ def extract(text: str, how: str) -> str | Decimal | None:
     if match is None or how != "gsm8k":
         return match and match[1].strip()
     sign, digits = match.groups()
-    return Decimal(("" if sign in (None, "+") else "-") + digits.replace(",", ""))
+    return Decimal(("" if sign in (None, "+") else "-") + re.sub(r"[,{}\\]", "", digits))
 
 
 def score(answer: Answer, reference: str, how: str) -> dict[str, bool]:
@@ -139,7 +141,8 @@ def answer_samples(assistant: Assistant, pairs: list[tuple[list[int], list[int]]
     model, encoding, _ = assistant
     room, block_size = 16 + max(len(reference) for _, reference in pairs), model.config.block_size
     mine = pairs[ranks.rank :: ranks.world_size]
-    answers = assistant.answer([ids[-max(1, block_size - room) :] for ids, _ in mine], room)
+    answers = assistant.answer([ids[-max(1, block_size - room) :] for ids, _ in mine], room,
+                               in_step=ranks.in_step)
     how = extraction_for([encoding.decode(reference) for _, reference in pairs])
     records = []
     for (ids, reference_ids), answer in zip(mine, answers):

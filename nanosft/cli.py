@@ -38,7 +38,7 @@ def run_cli(main: Callable, config_class: type) -> None:
         end_with(os.getppid())
     try:
         try:
-            config = tyro.cli(config_class, use_underscores=True, config=(
+            config = tyro.cli(config_class, prog=program(), use_underscores=True, config=(
                 tyro.conf.OmitArgPrefixes, tyro.conf.HelptextFromCommentsOff))
             check_bounds(config)
             main(expand_home(config))
@@ -63,10 +63,17 @@ def run_cli(main: Callable, config_class: type) -> None:
         exit_with("lost the connection to another rank, which failed or is down; see its output")
 
 
+def program() -> str:
+    """How this command was called, for its help."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return f"python -m {spec.name}" if spec else f"python {shlex.quote(sys.argv[0])}"
+
+
 def to_paste(script: str, *flags: str) -> str:
     """A command of this project as a shell reads it, in whatever folder the user is."""
     path = Path(__file__).parents[1] / script
-    words = shlex.join([script if Path(script).exists() else str(path), *flags])
+    is_here = Path(script).resolve() == path.resolve()
+    words = shlex.join([script if is_here else str(path), *flags])
     is_trainer = script.startswith("train_")
     return f"{'torchrun --standalone --nproc_per_node=1' if is_trainer else 'python'} {words}"
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import errno
 import json
 import os
 import re
@@ -68,13 +69,16 @@ def written_atomically(path: Path) -> Iterator[Path]:
 def flush(path: Path) -> None:
     """fsync a file or folder: its contents must reach the disk before a rename does."""
     is_folder = path.is_dir()
-    # Windows cannot open folders, nor flush what is open for reading
-    with contextlib.suppress(OSError) if is_folder else contextlib.nullcontext():
+    try:
+        # Windows cannot open folders, nor flush what is open for reading
         descriptor = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
         try:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+    except OSError as error:  # but a full or broken disk is one
+        if not is_folder or error.errno not in (errno.EACCES, errno.EINVAL, errno.ENOTSUP):
+            raise
 
 
 def to_json(value, **options) -> str:

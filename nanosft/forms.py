@@ -44,6 +44,12 @@ class Reading:
                             f"{', '.join(sorted(COLUMN_NAMES))}")
         return pairs
 
+    @functools.cached_property
+    def decided(self) -> set[str]:
+        """The columns of --where NAME=VALUE: the user has decided which answers are good."""
+        names = [split_pair("--where", item)[0] for item in self.where]
+        return {name for name in names if not name.endswith("!")}
+
     def ignoring(self, *keys: str) -> str:
         """The flag that leaves out these keys, and those that it leaves out already."""
         return shlex.join(["--ignore", *dict.fromkeys([*self.ignore, *keys])])
@@ -413,6 +419,8 @@ def with_system(messages: list[dict], columns: dict) -> list[dict]:
     own = [turn["content"] for turn in messages[:1] if turn["role"] == "system"]
     for name in SYSTEM_NAMES:
         text = columns.get(name)
+        if text and not isinstance(text, str) and not holds_text(text):
+            raise UserError(f"`{name}` is {show(text)}, not a string")
         if text and isinstance(text, str) and own in ([], [text]):  # else it is not used
             return [{"role": "system", "content": columns.pop(name)}, *messages[len(own) :]]
     return messages

@@ -201,7 +201,7 @@ def marks_bad_answer(key: str, value) -> bool:
 def check_feedback(columns: dict, reading) -> None:
     """UserError for a row that a column marks as a bad answer, with the flags that decide."""
     for key, value in columns.items():
-        if marks_bad_answer(key, value):
+        if key not in reading.decided and marks_bad_answer(key, value):
             bad = value if isinstance(value, str) else json.dumps(value)
             raise UserError(f"`{key}` is {show(value)}, which marks a bad answer; leave out such "
                             f"rows: --where {shlex.quote(f'{key}!={bad}')}, or train on them: "

@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import os
+import time
 from collections.abc import Iterator
 
 
@@ -30,7 +31,8 @@ def first_on_machine(work: str) -> Iterator[bool]:
                                                              "TORCHELASTIC_RESTART_COUNT"))
     key, is_done = f"{work}, machine {machine}, start {start}", False
     if store and store.add(f"{key}, ranks", 1) > 1:
-        store.wait([key], datetime.timedelta(days=7))
+        while not store.check([key]):  # store.wait would not let a signal through
+            time.sleep(0.05)
         yield store.get(key) == b"True"
         return
     try:
@@ -38,4 +40,5 @@ def first_on_machine(work: str) -> Iterator[bool]:
         is_done = True
     finally:
         if store:
-            store.set(key, str(is_done))
+            with contextlib.suppress(RuntimeError):  # the rank that holds the store is gone
+                store.set(key, str(is_done))

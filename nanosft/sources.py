@@ -175,7 +175,7 @@ def select_rows(sources: Iterable[Source], reading: Reading, counts: Counts,
                 counts["where", "left out by --where"] += 1
     if first and not n_kept:
         place, values, row = first
-        raise UserError(f"--where {' '.join(reading.where)} leaves none of the rows; {place} has "
+        raise UserError(f"--where {shlex.join(reading.where)} leaves none of the rows; {place} has "
                         f"{show(', '.join(map('='.join, values)))} and the columns "
                         f"{show(sorted(row))}")
 

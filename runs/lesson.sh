@@ -18,7 +18,7 @@ fi
 rm -rf "$OUT"
 
 say() { printf '\n# %s\n' "$1"; }
-run() { printf '$ %s\n' "$*"; "$@"; }
+run() { printf '$'; printf ' %q' "$@"; echo; "$@"; }
 common=(--device cpu --seed "$SEED" --block_size 48 --log_every 100)
 tuning=(--layout fit --batch_size 4 --rows_per_step 8 --max_steps 200 --learning_rate 3e-4 \
     --warmup_steps 10)

@@ -19,7 +19,7 @@ fi
 rm -rf "$OUT"
 
 say() { printf '\n# %s\n' "$1"; }
-run() { printf '$ %s\n' "$*"; "$@"; }
+run() { printf '$'; printf ' %q' "$@"; echo; "$@"; }
 export OMP_NUM_THREADS=1 # two processes at a time, one thread each
 START=$SECONDS
 

@@ -467,3 +467,18 @@ def test_row_of_a_public_dataset_is_read_without_flags(bytes_encoding, name):
     messages = messages_of(PUBLIC[name])
     assert [turn["content"] for turn in messages] == [TEXT, ANSWER]
     assert sum(render(bytes_encoding, messages)[1]) == 100 * (len(ANSWER) + 1)
+
+
+def test_filter_that_asks_for_a_mark_decides_that_its_answers_are_trained():
+    row = {"question": "q", "answer": "a", "rating": "bad"}
+    with pytest.raises(UserError, match="rating!=bad"):
+        messages_of(row)
+    assert messages_of(row, Reading(where=("rating=bad",)))[1]["content"] == "a"
+    with pytest.raises(UserError, match="`rating` is 'bad'"):
+        messages_of(row, Reading(where=("rating!=good",)))
+
+
+@pytest.mark.parametrize("system", [2, True, [0, 1], {"weight": 1}])
+def test_system_column_that_is_no_text_is_refused(system):
+    with pytest.raises(UserError, match=r"`system` is .*, not a string"):
+        messages_of({"question": "q", "answer": "a", "system": system})

@@ -14,7 +14,7 @@ import pytest
 
 import sft_data
 from nanosft import sources
-from nanosft.cli import run_cli
+from nanosft.cli import run_cli, to_paste
 from nanosft.errors import flush
 
 ROOT = Path(__file__).parents[1]
@@ -141,6 +141,28 @@ def test_script_that_is_run_by_its_path_says_how_to_run_it(path, tmp_path):
         module = f"{path.parent.name}.{path.stem}"
         assert found.stderr == f"error: in the project's folder, run python -m {module}\n"
         assert (found.returncode, found.stdout) == (2, "")
+
+
+def test_script_without_a_command_names_the_one_that_uses_it():
+    found = call(ROOT / "tools/workload.py", cwd=ROOT)
+    assert (found.returncode, found.stdout, found.stderr.count("\n")) == (2, "", 1)
+    assert found.stderr.endswith("run python -m tools.bench\n")
+
+
+def test_help_names_the_command_that_was_called():
+    for command in (["-m", "tools.export"], ["evaluate.py"]):
+        shown = subprocess.run([sys.executable, *command, "--help"], cwd=ROOT, encoding="utf-8",
+                               capture_output=True).stdout
+        assert shown.startswith(f"usage: python {' '.join(command)} ")
+
+
+def test_printed_command_is_this_projects_own_where_the_folder_has_a_script_of_that_name(
+        tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "chat.py").touch()
+    assert to_paste("chat.py", "--model", "a b") == f"python {ROOT / 'chat.py'} --model 'a b'"
+    monkeypatch.chdir(ROOT)
+    assert to_paste("chat.py", "--model", "a b") == "python chat.py --model 'a b'"
 
 
 def test_root_command_runs_by_its_path_from_any_folder(tmp_path):

@@ -134,11 +134,10 @@ def test_every_docstring_example_runs(pytestconfig):
 @pytest.mark.parametrize("name", ["data.worksheet", "tools.plot"])
 def test_package_of_the_same_name_elsewhere_does_not_shadow_ours(name, tmp_path, monkeypatch):
     """An installed `data` or `tools` comes first if ours has no __init__.py."""
-    package, module = name.split(".")
-    ours = ROOT / package / f"{module}.py"
+    package = name.split(".")[0]
     (tmp_path / package).mkdir()
     (tmp_path / package / "__init__.py").write_text("raise ImportError('not ours')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     done = subprocess.run([sys.executable, "-m", name, "--help"], cwd=ROOT, capture_output=True,
                           text=True)
-    assert (done.returncode, done.stderr) == (0, "") and f"usage: {ours}" in done.stdout
+    assert (done.returncode, done.stderr) == (0, "") and f"usage: python -m {name}" in done.stdout

@@ -15,6 +15,7 @@ import io
 import json
 import multiprocessing
 import re
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -118,7 +119,7 @@ def run(module: ModuleType, flags: list, show: bool = False) -> str:
     """`python module.py flags` in this process -> what it prints."""
     flags = [str(flag) for flag in flags]
     if show:
-        print(f"$ python {module.__name__}.py {' '.join(flags)}", flush=True)
+        print(f"$ python {module.__name__}.py {shlex.join(flags)}", flush=True)
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         module.main(tyro.cli(module.Config, args=flags, use_underscores=True))
     return printed.getvalue()

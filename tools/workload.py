@@ -15,6 +15,10 @@ from multiprocessing import get_all_start_methods, get_context
 from pathlib import Path
 from typing import Annotated
 
+if __name__ == "__main__":
+    print("error: no command; in the project's folder, run python -m tools.bench", file=sys.stderr)
+    sys.exit(2)
+
 import numpy as np
 import torch
 import torch.nn.functional as F
