@@ -23,9 +23,7 @@ import numpy as np
 import torch
 from annotated_types import Ge, Le
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from answer import save_model
 from model import GPT, IGNORE_INDEX, GPTConfig
@@ -33,7 +31,7 @@ from nanosft import checks, fast
 from nanosft.cli import run_cli
 from nanosft.ranks import CPU, Ranks, setup_distributed
 from nanosft.run import Run, RunFlags, new_checkpoint, read_state
-from nanosft.shards import Shards, read_meta
+from nanosft.shards import Shards
 from nanosft.weights import check_model_size, pad_vocab
 from tokenizer import get_encoding
 
@@ -146,10 +144,7 @@ class TokenRows(Dataset):
         return f"row {i}"
 
 
-def open_rows(config: Config, split: str) -> TokenRows | None:
-    """The rows of a split, or None if the data has no such split."""
-    if split not in read_meta(config.data, "text")["splits"]:
-        return None
+def open_rows(config: Config, split: str) -> TokenRows:
     return TokenRows(config.data, split, config.block_size)
 
 
@@ -265,11 +260,9 @@ def train_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer,
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     meanwhile()
-    stop_requests = ranks.sum(torch.tensor(ranks.stop.asked(), device=ranks.device))
     loss, norm = loss_and_norm.tolist()  # the host waits for the device here, and not before
     _, tokens, trained = counts.tolist()
-    return {"loss": loss, "lr": lr, "grad_norm": norm, "tokens": tokens, "trained_tokens": trained,
-            "stop_requests": stop_requests.item()}
+    return {"loss": loss, "lr": lr, "grad_norm": norm, "tokens": tokens, "trained_tokens": trained}
 
 
 @torch.no_grad()
@@ -316,11 +309,9 @@ def make_model(config: Config, meta: dict) -> GPT:
 
 def save_checkpoint(out: str, step: int, model: GPT, optimizer: torch.optim.Optimizer, run: dict,
                     keep: int = 0, card: str = "", **settings) -> Path:
-    """OUT/step_000500: a Hugging Face folder plus training_state.pt, written atomically.
+    """OUT/step_000500: a Hugging Face folder plus training_state.pt; see `new_checkpoint`.
 
-    run: the dict that identifies the run. keep: how many checkpoints to leave in OUT besides the
-    best; 0: all. card: the text of README.md. settings: `encoding` and `template`, if any, and
-    extra keys of config.json.
+    settings: `encoding` and `template`, if any, and extra keys of config.json.
     """
     with new_checkpoint(out, step, model, optimizer, run, keep, card) as folder:
         save_model(folder, model, **settings)  # weights, config, and tokenizer
@@ -333,28 +324,21 @@ def load_checkpoint(out: str, device: torch.device = CPU) -> tuple[GPT, dict]:
     return GPT.from_pretrained(str(folder)), state
 
 
-def wrap(model: GPT, ranks: Ranks) -> torch.nn.Module:
-    """What trains: the model itself, or DDP around it if there are several ranks."""
-    if ranks.world_size == 1:
-        return model
-    # without device_ids, DDP leaves the micro-batch on the CPU
-    return DistributedDataParallel(model, gradient_as_bucket_view=True)
-
-
 # ----- the loop ----------------------------------------------------------------------------------
 
 
 def train(config: Config, open_rows: Callable, forward: Callable, judge: Callable) -> None:
     """The training loop of pretraining and SFT; the three functions are what differs.
 
-    open_rows(config, split) -> a dataset like TokenRows, or None if the data has no such split
+    open_rows(config, split) -> a dataset like TokenRows; for "val" also None: no evaluation
     forward(model, x, y, weights, segments) -> loss_sum of a micro-batch
     judge(model, meta, val, config, ranks) -> metrics to add to an evaluation
     """
     # --- 1. ranks and rows ---
     ranks = setup_distributed(config.device, config.dist_timeout, config.dtype)
     checks.check_flags(config, ranks.world_size)
-    rows, val = open_rows(config, "train"), open_rows(config, "val")
+    rows = open_rows(config, "train")
+    val = open_rows(config, "val") if "val" in rows.meta["splits"] else None
     n_steps = config.max_steps or config.epochs * steps_per_epoch(rows, config)
     run = Run(config, rows.meta, n_steps, ranks)  # what identifies it; its logs and its end
 
@@ -370,7 +354,7 @@ def train(config: Config, open_rows: Callable, forward: Callable, judge: Callabl
     optimizer = make_optimizer(gpt, config)
     if state:
         optimizer.load_state_dict(state.pop("optimizer"))  # pop: nothing keeps the file mapped
-    model = wrap(gpt, ranks)
+    model = ranks.wrap(gpt)
 
     # --- 3. the plan, and how the model is judged ---
     run.print_plan(gpt, rows, memory, steps_per_epoch(rows, config))
@@ -391,13 +375,11 @@ def train(config: Config, open_rows: Callable, forward: Callable, judge: Callabl
                for batches in load_steps(rows, config, ranks, run.done))
     steps = fast.Prefetcher(counted, n_steps - run.done)
     clock = time.perf_counter()
-    for step in tqdm(range(run.done + 1, n_steps + 1), initial=run.done, total=n_steps,
-                     unit="step", leave=False,
-                     disable=None if ranks.is_main else True):  # None: TTY only
+    for step in run.steps_left():
         (batches, counts), lr = next(steps), get_lr(step - 1, n_steps, config)
         metrics = {"step": step} | train_step(model, optimizer, batches, lr, config.grad_clip,
                                               ranks, forward, counts, meanwhile=steps.fetch)
-        stops = ranks.stop.agree(metrics.pop("stop_requests"))  # on all ranks at the same step
+        stops = ranks.agree_to_stop()  # all at the same step
         metrics["dt"] = time.perf_counter() - clock
         metrics["tokens_per_s"] = metrics["tokens"] / metrics["dt"]
         evaluates = is_due(step, config.eval_every, n_steps)

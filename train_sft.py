@@ -19,7 +19,6 @@ from model import GPT
 from nanosft.checks import require_targets
 from nanosft.cli import run_cli
 from nanosft.ranks import Ranks
-from nanosft.shards import read_meta
 from packing import Layout
 from sft_data import Overlong, SFTDataset
 from tokenizer import LossOn, get_encoding
@@ -55,11 +54,9 @@ class Config(PretrainingConfig):
     """validation prompts answered at each evaluation; 0: none"""
 
 
-def open_rows(config: Config, split: str) -> SFTDataset | None:
+def open_rows(config: Config, split: str) -> SFTDataset:
     """SFT: rows of chats add weights and segments; validation keeps the data's order."""
     n, is_train = config.max_examples, split == "train"
-    if split not in read_meta(config.data, "sft")["splits"]:
-        return None
     rows = SFTDataset(config.data, split, config.block_size, config.layout,
                       seed=config.seed if is_train else None, loss_on=config.loss_on,
                       isolate=config.isolate, rows_per_step=config.rows_per_step,

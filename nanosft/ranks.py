@@ -14,6 +14,7 @@ from typing import Literal, get_args
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel as DDP
 
 from nanosft.errors import UserError, require_choice
 
@@ -32,7 +33,7 @@ class Stop:
 
     def __init__(self):
         self.signal, self.since, self.deadline = 0, 0.0, math.inf
-        self.agreed = 0  # of the last step
+        self.agreed = 0  # the sum of asked() over all ranks at the last step
 
     def listen(self, max_minutes: float | None) -> None:
         """From now on, a signal is a request, and a second one ends the process at once."""
@@ -51,11 +52,6 @@ class Stop:
 
     def asked(self) -> int:
         return SIGNALED if self.signal else int(time.monotonic() > self.deadline)
-
-    def agree(self, requests: int) -> bool:
-        """Shall all ranks stop? requests: the sum of asked() over them, the same on each."""
-        self.agreed = requests
-        return requests > 0
 
     def exit_code(self) -> int:
         """128 + signal, also on a rank that did not get the signal itself; 0 for --max_minutes."""
@@ -94,6 +90,17 @@ class Ranks:
         if self.world_size > 1:
             dist.all_reduce(tensor)
         return tensor
+
+    def agree_to_stop(self) -> bool:
+        """Shall all ranks stop? The same on each."""
+        requests = torch.tensor(self.stop.asked(), device=self.device)
+        self.stop.agreed = self.sum(requests).item()
+        return self.stop.agreed > 0
+
+    def wrap(self, model: torch.nn.Module) -> torch.nn.Module:
+        """What trains: the model itself, or DDP around it if there are several ranks."""
+        # without device_ids, DDP leaves the micro-batch on the CPU
+        return model if self.world_size == 1 else DDP(model, gradient_as_bucket_view=True)
 
     def gather(self, mine: list) -> list:
         """Reassemble a list, on every rank, from each rank's items [rank::world_size]."""

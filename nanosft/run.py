@@ -112,6 +112,11 @@ class Run:
                     f"{config.block_size} tokens; {steps_per_epoch} steps per epoch; "
                     f"{ranks.world_size} rank(s) on {ranks.device.type} in {ranks.dtype}")
 
+    def steps_left(self) -> tqdm:
+        """The numbers of the steps to do, with a progress bar on rank 0's terminal."""
+        return tqdm(range(self.done + 1, self.n_steps + 1), initial=self.done, total=self.n_steps,
+                    unit="step", leave=False, disable=None if self.ranks.is_main else True)
+
     def mfu(self, tokens_per_s: float) -> dict[str, float]:
         """Model FLOPs utilization, as PaLM counts it, in bfloat16 on a known card: also for the
         work that SFT skips."""
@@ -227,7 +232,8 @@ def new_checkpoint(out: str, step: int, model, optimizer: torch.optim.Optimizer,
     """A temporary folder for the model's files that becomes OUT/step_000500 atomically, with
     training_state.pt and README.md. UserError if a number in the state is not finite.
 
-    keep: how many of the latest checkpoints to leave in OUT, besides the best one; 0: all.
+    run: the dict that identifies the run. keep: how many of the latest checkpoints to leave in OUT,
+    besides the best one; 0: all. card: the text of README.md.
     """
     checks.require_finite_state(f"step {step} is not saved", model, optimizer)
     state = {"version": VERSION, "step": step, "optimizer": optimizer.state_dict(), "run": run}

@@ -59,7 +59,7 @@ def train(config: Config, ranks: Ranks, is_distributed: bool) -> list[float]:
     gpt = fast.speed_up(GPT(SIZES).to(ranks.device), config.compile)
     optimizer = train_gpt2.make_optimizer(gpt, train_gpt2.Config("", ""))
     # what several ranks would train
-    model = train_gpt2.wrap(gpt, dataclasses.replace(ranks, world_size=1 + is_distributed))
+    model = dataclasses.replace(ranks, world_size=1 + is_distributed).wrap(gpt)
     generator, found = torch.Generator().manual_seed(0), []
     for _ in range(STEPS):
         batches = [random_batch(generator) for _ in range(MICRO_BATCHES)]

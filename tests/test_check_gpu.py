@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 import model
 import train_gpt2
 from nanosft.errors import UserError
+from nanosft.ranks import Ranks
 
 TINY = Config("cpu", steps=4, n_layer=1, n_head=2, n_embd=32, block_size=128, compile=False)
 
@@ -69,12 +70,12 @@ def test_one_process_trains_under_ddp_as_it_does_alone(nccl_steps, capsys):
 
 def test_gradients_that_ddp_gets_wrong_fail(nccl_steps, monkeypatch, capsys):
     """AdamW would hide a factor, so the norms of the gradients are compared, too."""
-    def wrap(gpt, ranks):
+    def wrap(ranks, gpt):
         if ranks.world_size > 1:
             gpt.lm_head.weight.register_hook(lambda grad: 1.1 * grad)
         return gpt
 
-    monkeypatch.setattr(train_gpt2, "wrap", wrap)
+    monkeypatch.setattr(Ranks, "wrap", wrap)
     with pytest.raises(UserError, match="--device cpu: gloo does not work as it should; see FAIL"):
         check_nccl.main(check_nccl.Config("cpu", compile=False))
     assert [line.split()[-1] for line in capsys.readouterr().out.splitlines()] == [

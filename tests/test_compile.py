@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 import train_gpt2
 from model import Block
 from nanosft import fast
+from nanosft.ranks import Ranks
 
 
 @pytest.fixture
@@ -121,8 +122,7 @@ def test_varlen_kernel_is_compiled_for_any_number_of_examples_in_a_row(
 def test_ddp_around_compiled_blocks_makes_no_more_graphs(data, tmp_path, compiled_steps,
                                                          monkeypatch):
     """Pretraining as each of several ranks runs it, here the only one of its group."""
-    wrap = train_gpt2.wrap
-    monkeypatch.setattr(train_gpt2, "wrap", lambda *args: DistributedDataParallel(wrap(*args)))
+    monkeypatch.setattr(Ranks, "wrap", lambda ranks, gpt: DistributedDataParallel(gpt))
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         pretrain(data / "text", tmp_path / "out", **FLAGS)

@@ -29,7 +29,6 @@ from helpers_training import (
     random_examples,
     resume_on,
     sft_folder,
-    tiny_model,
     two_ranks,
     weights_of,
 )
@@ -232,20 +231,19 @@ def test_max_minutes_stops_each_start_after_a_step_with_exit_code_0(data, whole,
 
 
 def test_all_ranks_stop_when_one_of_them_has_a_signal():
-    class TwoRanks(Ranks):
-        def sum(self, tensor):  # as if the other rank had a SIGTERM
-            return tensor + SIGNALED
+    class SomeRanks(Ranks):
+        others = 0
 
-    ranks, model = TwoRanks(0, 2, torch.device("cpu")), tiny_model()
-    optimizer = train_gpt2.make_optimizer(model, train_gpt2.Config("", ""))
-    row = train_gpt2.train_step(model, optimizer, [], 0.0, 0.0, ranks)
-    assert row["stop_requests"] == SIGNALED
-    assert ALONE.stop.asked() == 0 and ranks.stop.exit_code() == 0
-    assert ranks.stop.agree(SIGNALED + 1)  # and a third rank's time is up
+        def sum(self, tensor):
+            return tensor + self.others
+
+    ranks = SomeRanks(0, 3, torch.device("cpu"))
+    assert not ranks.agree_to_stop() and ranks.stop.exit_code() == 0
+    ranks.others = SIGNALED + 1  # one of them has a SIGTERM, and the time of the other is up
+    assert ranks.stop.asked() == 0 and ranks.agree_to_stop()
     assert ranks.stop.exit_code() == 143
-    assert ranks.stop.agree(2)
-    assert ranks.stop.exit_code() == 0
-    assert not ranks.stop.agree(0)
+    ranks.others = 2
+    assert ranks.agree_to_stop() and ranks.stop.exit_code() == 0
 
 
 def test_second_signal_ends_the_process_at_once_unless_it_is_a_repeated_first(monkeypatch, capfd):

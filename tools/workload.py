@@ -162,7 +162,7 @@ def measure_steps(config, path: str, c, rows, forward: Callable, profile: bool =
 
 def training_of(gpt: GPT, config, c, rows, ranks, forward: Callable) -> tuple:
     """(an optimizer step to call, the micro-batches of those that are timed)."""
-    optimizer, model, spent = train_gpt2.make_optimizer(gpt, c), train_gpt2.wrap(gpt, ranks), []
+    optimizer, model, spent = train_gpt2.make_optimizer(gpt, c), ranks.wrap(gpt), []
     counted = ((batches, train_gpt2.count_step(batches, ranks))
                for batches in train_gpt2.load_steps(rows, c, ranks, 0))
     steps = clocked(counted, spent)
