@@ -15,7 +15,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from nanosft.errors import UserError
+from nanosft.checks import check_request
 
 
 @torch.no_grad()
@@ -60,7 +60,6 @@ class Cache:
         self.gpt, self.end, self.longest = gpt, end, max(lengths)
         device = gpt.lm_head.weight.device
         self.lengths = torch.tensor(lengths, device=device)
-        self.rows = torch.arange(len(lengths), device=device)
         self.attention = gpt.attention_for(None, device)  # the model's own: causal
         self.layers = {}  # layer: (keys, values), each (B, n_head, end, hs)
 
@@ -69,7 +68,7 @@ class Cache:
         ids = [torch.as_tensor(prompt, dtype=torch.long) for prompt in prompts]
         x = self.run(nn.utils.rnn.pad_sequence(ids, batch_first=True), None, self.attend_prompts)
         assert len(self.layers) == self.gpt.config.n_layer, "a layer did not call attend(q, k, v)"
-        return x[self.rows, self.lengths - 1]
+        return x[torch.arange(len(x), device=x.device), self.lengths - 1]
 
     def append(self, tokens: Tensor) -> Tensor:
         """Run one new token of each row, (B,) ids, through the network -> (B, C)."""
@@ -101,7 +100,7 @@ class Cache:
     def keep(self, rows: list[int]) -> None:
         """Keep only these rows."""
         self.layers = {layer: [t[rows] for t in kv] for layer, kv in self.layers.items()}
-        self.lengths, self.rows = self.lengths[rows], self.rows[: len(rows)]
+        self.lengths = self.lengths[rows]
         self.longest = int(self.lengths.max())
 
 
@@ -131,15 +130,3 @@ def sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float |
         outside = ordered.cumsum(1) - ordered >= top_p
         probs = probs.masked_fill(outside.scatter(1, order, outside), 0)
     return torch.multinomial(probs, 1, generator=sampler)[:, 0]
-
-
-def check_request(lengths: list[int], block_size: int, max_new_tokens: int, temperature: float,
-                  top_k: int | None, top_p: float | None) -> None:
-    """UserError for invalid prompts or sampling settings, before they turn into NaNs."""
-    if not lengths or min(lengths) == 0 or max(lengths) > block_size:
-        raise UserError(f"prompts must have 1 to {block_size} ids, but these have {lengths}")
-    if max_new_tokens < 0 or temperature < 0:
-        raise UserError(f"max_new_tokens {max_new_tokens} and temperature {temperature} must not "
-                        "be negative")
-    if (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
-        raise UserError(f"top_k {top_k} must be at least 1, top_p {top_p} above 0 and at most 1")

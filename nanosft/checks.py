@@ -216,6 +216,18 @@ def check_memory(sizes, config, ranks) -> str:
     return f"about {need} ({ranks.device.type})"
 
 
+def check_request(lengths: list[int], block_size: int, max_new_tokens: int, temperature: float,
+                  top_k: int | None, top_p: float | None) -> None:
+    """UserError for invalid prompts or sampling settings, before they turn into NaNs."""
+    if not lengths or min(lengths) == 0 or max(lengths) > block_size:
+        raise UserError(f"prompts must have 1 to {block_size} ids, but these have {lengths}")
+    if max_new_tokens < 0 or temperature < 0:
+        raise UserError(f"max_new_tokens {max_new_tokens} and temperature {temperature} must not "
+                        "be negative")
+    if (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
+        raise UserError(f"top_k {top_k} must be at least 1, top_p {top_p} above 0 and at most 1")
+
+
 # ----- numbers that are not finite ---------------------------------------------------------------
 
 

@@ -247,7 +247,8 @@ class Graphed:
         return x
 
     def start(self) -> None:
-        self.slots, self.tokens = self.rows, torch.zeros_like(self.lengths)
+        self.tokens = torch.zeros_like(self.lengths)
+        self.slots = torch.arange(len(self.tokens), device=self.tokens.device)
         self.longest, self.replay = self.end, None
 
     def append(self, tokens: Tensor) -> Tensor:
