@@ -15,11 +15,10 @@ Shapes: B rows, T tokens, C = n_embd, hs = C / n_head, V = vocab_size, N = non-i
 >>> loss_sum = model(torch.tensor([[72, 105]]), torch.tensor([[105, -100]]))   # about ln 320
 """
 
-import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -152,7 +151,7 @@ class GPT(nn.Module):
         })
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.weight = self.transformer.wte.weight  # weight tying, as in GPT-2
-        self.hits = None  # see count_hits
+        self.hits = None  # in evaluation (2,) int64: right targets and all; nll_sum adds to them
         self._init_weights()
 
     def _init_weights(self) -> None:
@@ -226,16 +225,6 @@ class GPT(nn.Module):
         if self.hits is not None:
             self.hits += torch.stack([(logits.argmax(1) == targets).sum(), kept.sum()])
         return nll.sum() if weights is None else (weights.to(x.device)[kept] * nll).sum()
-
-    @contextlib.contextmanager
-    def count_hits(self) -> Iterator[Tensor]:
-        """For evaluation: within this context, `nll_sum` adds to two counts, (2,) int64: targets
-        that were the most likely id, and all targets in the loss."""
-        self.hits = torch.zeros(2, dtype=torch.long, device=self.lm_head.weight.device)
-        try:
-            yield self.hits
-        finally:
-            self.hits = None
 
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int,
                  temperature: float = 1.0, **sampling) -> list[list[int]]:

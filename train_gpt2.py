@@ -275,11 +275,14 @@ def evaluate(model: GPT, batches: Iterable[MicroBatch], ranks: Ranks,
     """
     dtype = torch.float32 if ranks.device.type == "mps" else torch.float64  # mps has no float64
     percent, loss = 0, torch.zeros((), dtype=dtype, device=ranks.device)
-    with model.count_hits() as hits:  # (2,): right, counted
+    model.hits = hits = torch.zeros(2, dtype=torch.long, device=ranks.device)  # right, counted
+    try:
         for batch in batches:
             with ranks.autocast():
                 loss += forward(model, batch.x, batch.y, batch.weights, batch.segments)
             percent += batch.weight_percent()
+    finally:
+        model.hits = None
     percent = ranks.sum(torch.tensor(percent, device=ranks.device)).item()
     checks.require_weight(percent)
     loss, (right, counted) = ranks.sum(loss).item(), ranks.sum(hits).tolist()
