@@ -148,8 +148,7 @@ def answer_samples(assistant: Assistant, pairs: list[tuple[list[int], list[int]]
     for (ids, reference_ids), answer in zip(mine, answers):
         reference = encoding.decode(reference_ids)
         records.append({"prompt": encoding.decode(ids), "reference": reference,
-                        "answer": answer.text,
-                        **score(answer, reference, how)})
+                        "answer": answer.text, **score(answer, reference, how)})
     records = ranks.gather(records)
     first = records[0]
     ranks.print(f"prompt  …{first['prompt'][-80:]!r}\n  answer    {first['answer'][:80]!r}\n"

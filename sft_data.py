@@ -15,7 +15,6 @@ import itertools
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Annotated, Literal, get_args
 
 import numpy as np
@@ -262,25 +261,20 @@ def example_of(row: dict, config: Config, counts: Counter) -> np.ndarray:
     return np.array(example, np.uint16)
 
 
-def write_splits(config: Config, folder: Path, report: Report) -> dict[str, dict]:
-    """Write the shards of --source and --val_source; returns {split: its entry in meta.json}."""
-    names = ["train", "val"] if config.val_source or config.val_fraction else ["train"]
-    writers = {name: ShardWriter(folder, name, config.shard_tokens) for name in names}
-    # also rejects bad rows, picks the validation rows, and runs --workers processes
-    examples = map_splits(example_of, config, report, ROWS_PER_CHUNK)
-    bar = tqdm(examples, unit="ex", unit_scale=True, disable=None)  # None: TTY only
-    for split, source, example in bar:
-        writers[split].add(example)
-        report.keep(split, source, example[0], weights_in_effect(example[1], "response"))
-    return {name: writers[name].finish(**report.totals[name]) for name in names}
-
-
 def prepare(config: Config) -> None:
     """Turn --source into shards and meta.json, and print a report."""
     require_row(config.block_size)
     encoding, report = get_encoding(config.encoding), Report()
+    names = ["train", "val"] if config.val_source or config.val_fraction else ["train"]
     with new_folder(config.out) as folder:
-        splits = write_splits(config, folder, report)
+        writers = {name: ShardWriter(folder, name, config.shard_tokens) for name in names}
+        # also rejects bad rows, picks the validation rows, and runs --workers processes
+        examples = map_splits(example_of, config, report, ROWS_PER_CHUNK)
+        bar = tqdm(examples, unit="ex", unit_scale=True, disable=None)  # None: TTY only
+        for split, source, example in bar:
+            writers[split].add(example)
+            report.keep(split, source, example[0], weights_in_effect(example[1], "response"))
+        splits = {name: writers[name].finish(**report.totals[name]) for name in names}
         report.check_splits(splits, config)
         write_meta(folder, {
             "kind": "sft", "encoding": config.encoding, "vocab_size": encoding.n_vocab,
