@@ -93,8 +93,7 @@ class Ranks:
 
     def agree_to_stop(self) -> bool:
         """Shall all ranks stop? The same on each."""
-        requests = torch.tensor(self.stop.asked(), device=self.device)
-        self.stop.agreed = self.sum(requests).item()
+        self.stop.agreed = self.sum(torch.tensor(self.stop.asked(), device=self.device)).item()
         return self.stop.agreed > 0
 
     def wrap(self, model: torch.nn.Module) -> torch.nn.Module:
