@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from helpers_training import flip_a_bit, sft_folder
+from helpers_training import flip_a_bit, sft_folder, text_folder
 
 import fineweb
 import sft_data
@@ -352,6 +352,12 @@ def test_each_trainer_needs_its_own_kind_of_data(refused, data, text_data):
                     "sft_data.py")
     line = refused(train_sft, "--data", "nowhere", *SCRATCH)
     assert line == "--data nowhere does not exist; make it with sft_data.py"
+
+
+def test_data_without_a_training_split_is_refused(refused, tmp_path):
+    data = text_folder(tmp_path / "only_val", val=range(65))
+    line = refused(train_gpt2, "--data", data, *SCRATCH)
+    assert line == f"--data {data} has no train split, only ['val']"
 
 
 def test_text_shorter_than_a_row_is_refused(refused, text_data):
