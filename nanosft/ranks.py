@@ -93,7 +93,10 @@ class Ranks:
 
     def agree_to_stop(self) -> bool:
         """Shall all ranks stop? The same on each."""
-        self.stop.agreed = self.sum(torch.tensor(self.stop.asked(), device=self.device)).item()
+        self.stop.agreed = self.stop.asked()
+        if self.world_size > 1:
+            asked = torch.tensor(self.stop.agreed, device=self.device)
+            self.stop.agreed = self.sum(asked).item()
         return self.stop.agreed > 0
 
     def wrap(self, model: torch.nn.Module) -> torch.nn.Module:
