@@ -189,18 +189,18 @@ def gradient_norms(model: GPT, chat: dict) -> list[list[float]]:
     return [tensor.grad.view(len(labels), -1).norm(dim=1).tolist() for tensor in (*kept, logits)]
 
 
-def read_costs() -> dict[str, str]:
-    """What a mask that is off by one costs, as measured in docs/bugs_that_shipped.md."""
+def read_costs() -> dict[str, list[str]]:
+    """What a mask that is off by one costs: right answers without and with that mistake in the same
+    run, and the number of lessons, as in docs/bugs_that_shipped.md."""
     rows = re.findall(r"^\| ([^|]+) \| (\d+) \| ([^|]+) \|", BUGS.read_text("utf-8"), re.M)
     table = {name: (seeds, accuracy) for name, seeds, accuracy in rows}
-    names = {"right": "correct code", "late": "the mask begins one token late"}
-    for name in names.values():
+    pairs = {"late": ("correct code", "the mask begins one token late"),
+             "early": ("correct code, second run", "the mask begins one token early")}
+    for name in (name for pair in pairs.values() for name in pair):
         if name not in table:
             raise UserError(f"{BUGS}: its table has no row {name!r}; bring it back, or change "
                             "read_costs in tools/lesson_page.py")
-    names["early"] = "the mask begins one token early"  # shown once it is there
-    costs = {key: table[name][1] for key, name in names.items() if name in table}
-    return costs | {"seeds": table[names["late"]][0]}
+    return {key: [table[right][1], *table[wrong][::-1]] for key, (right, wrong) in pairs.items()}
 
 
 # ----- the page ----------------------------------------------------------------------------------
