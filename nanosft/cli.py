@@ -64,13 +64,13 @@ def run_cli(main: Callable, config_class: type) -> None:
 
 
 def program() -> str:
-    """How this command was called, for its help."""
+    """How the user called this command, for its help text."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     return f"python -m {spec.name}" if spec else f"python {shlex.quote(sys.argv[0])}"
 
 
 def to_paste(script: str, *flags: str) -> str:
-    """A command of this project as a shell reads it, in whatever folder the user is."""
+    """A command of this project, quoted for a shell, that works in the current folder."""
     path = Path(__file__).parents[1] / script
     is_here = Path(script).resolve() == path.resolve()
     words = shlex.join([script if is_here else str(path), *flags])

@@ -75,7 +75,7 @@ def flush(path: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-    except OSError as error:  # but a full or broken disk is one
+    except OSError as error:  # a full or broken disk is still an error
         if not is_folder or error.errno not in (errno.EACCES, errno.EINVAL, errno.ENOTSUP):
             raise
 

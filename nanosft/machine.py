@@ -1,4 +1,4 @@
-"""What the ranks of one machine share: work that one of them has done, the others need not do."""
+"""Work that one rank of a machine does for all of them."""
 
 import contextlib
 import datetime
@@ -20,10 +20,10 @@ def open_store(seconds: float):
 
 @contextlib.contextmanager
 def first_on_machine(work: str) -> Iterator[bool]:
-    """Yields False to the first of a machine's ranks that gets here. The others wait for its end,
-    also for longer than --dist_timeout, and get True, or False if it failed.
+    """Yields False on the first of a machine's ranks to get here. The others wait until it is done,
+    even beyond --dist_timeout, and then get True, or False if it failed.
 
-    Not always local rank 0: that one may be waiting for a rank that would wait for it here.
+    It need not be local rank 0, which may itself be waiting for a rank that would wait for it here.
     """
     has_others = os.environ.get("LOCAL_WORLD_SIZE", "1") != "1"
     store = open_store(30) if has_others else None

@@ -92,7 +92,7 @@ class Ranks:
         return tensor
 
     def agree_to_stop(self) -> bool:
-        """Shall all ranks stop? The same on each."""
+        """Whether all ranks should stop: the same answer on each."""
         self.stop.agreed = self.stop.asked()
         if self.world_size > 1:
             asked = torch.tensor(self.stop.agreed, device=self.device)
@@ -110,8 +110,8 @@ class Ranks:
         return [item for turn in turns for item in turn if item is not None]
 
     def in_step(self, items: Sequence) -> Iterator:
-        """This rank's items. The ranks meet after each, also those that have none left: so they
-        wait for a slow one for the time of an item, and not, at the end, for that of all items."""
+        """This rank's items, with a barrier after each; ranks that have run out of items join in.
+        So a slow rank delays the others by one item at a time, not by all of them at the end."""
         for i in range(max(gather_objects(len(items)))):
             yield from items[i : i + 1]
             if self.world_size > 1:
@@ -180,7 +180,7 @@ def choose_dtype(name: str, device: torch.device) -> str:
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """The data sheet's rate of this card, if it is known and not only a part of it is in use."""
+    """The data sheet's rate of this card, if it is known and this is not just a MIG part of it."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     is_part = " MIG " in name  # such as "NVIDIA A100-SXM4-40GB MIG 1g.5gb"
     return next((rate for card, rate in DATASHEET.items() if card in name and not is_part), None)
@@ -204,7 +204,7 @@ def total_memory(device: torch.device) -> float:
         return torch.cuda.get_device_properties(device).total_memory
     try:
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError):  # Windows, and where a system has not these names
+    except (AttributeError, ValueError):  # Windows, and systems without these names
         return math.inf
     return total / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 

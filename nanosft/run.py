@@ -113,7 +113,7 @@ class Run:
                     f"{ranks.world_size} rank(s) on {ranks.device.type} in {ranks.dtype}")
 
     def steps_left(self) -> tqdm:
-        """The numbers of the steps to do, with a progress bar on rank 0's terminal."""
+        """The remaining step numbers, with a progress bar on rank 0's terminal."""
         return tqdm(range(self.done + 1, self.n_steps + 1), initial=self.done, total=self.n_steps,
                     unit="step", leave=False, disable=None if self.ranks.is_main else True)
 
