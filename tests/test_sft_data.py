@@ -807,11 +807,12 @@ def test_flags_of_the_rows_work_on_the_command_line(sft_shards, workers):
 
 def test_flags_of_the_rows_that_cannot_be_are_one_line(jsonl, command, tmp_path):
     source = jsonl("a.jsonl", [qa()])
-    result = command(sft_data, "--source", source, "--val_source", source, "--out", tmp_path / "o")
+    result = command(sft_data, "--source", source, "--val_source", source, "--encoding", "bytes",
+                     "--out", tmp_path / "o")
     assert (result.code, result.err.count("\n")) == (2, 1)
     assert f"--val_source {source} is --source {source}" in result.err
     result = command(sft_data, "--source", "me/mine", "--val_source", "me/mine:de", "--subset",
-                     "de", "--out", tmp_path / "o")
+                     "de", "--encoding", "bytes", "--out", tmp_path / "o")
     assert "--val_source me/mine:de is --source me/mine:" in result.err
     for flags in (["--columns", "x=q"], ["--columns", "q"], ["--where", "q"], ["--where", "q=1"]):
         flags += ["--encoding", "bytes", "--out", tmp_path / "o"]
